@@ -1,0 +1,1 @@
+"""Core: shared foundations. Configuration and its sources, deadlines; no torch."""

@@ -1,0 +1,37 @@
+"""The error tree: everything Esper raises on purpose derives from :class:`EsperError`."""
+
+
+class EsperError(Exception):
+    """Base of all deliberate errors. The message names the thing, the value and the fix."""
+
+
+class ConfigError(EsperError):
+    """A setting is unknown, of the wrong type or out of range."""
+
+
+class JobError(EsperError):
+    """A training job cannot be built or is not well formed."""
+
+
+class DataError(EsperError):
+    """The data set is empty, or its order cannot be made resumable."""
+
+
+class LossError(EsperError):
+    """The loss function returned something that is not one scalar per task."""
+
+
+class StateError(EsperError):
+    """Training state cannot be captured, or does not fit the live objects."""
+
+
+class CheckpointError(EsperError):
+    """A durable checkpoint cannot be written, found, verified or loaded."""
+
+
+class RunError(EsperError):
+    """A run directory is missing, damaged, or of another job."""
+
+
+class DivergenceError(EsperError):
+    """The divergence guard stopped training after its last remedy failed."""

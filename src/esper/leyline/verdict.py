@@ -1,0 +1,43 @@
+"""The verdict on a step, given before its update is committed."""
+
+from enum import StrEnum
+
+import msgspec
+
+
+class Action(StrEnum):
+    """What the engine does with the gradients of one step."""
+
+    COMMIT = "commit"
+    SKIP = "skip"
+    ROLLBACK = "rollback"
+    HALT = "halt"
+
+
+class Tier(StrEnum):
+    """Where a rollback takes its state from."""
+
+    MEMORY = "memory"
+    DISK = "disk"
+
+
+class Verdict(msgspec.Struct, frozen=True, gc=False):
+    """The guard's answer between backward pass and optimizer step.
+
+    :param action: what to do with this step.
+    :param reason: one sentence with the values that triggered it; empty for a commit.
+    :param suspicious: the step may be the start of a divergence; a state saved now is unproven.
+    :param before_step: for a rollback, only states of this step or an older one may be restored.
+    :param tier: for a rollback, the tier to restore from.
+    :param rate_factor: for a rollback, the learning rate is multiplied by this afterwards.
+    """
+
+    action: Action
+    reason: str = ""
+    suspicious: bool = False
+    before_step: int = -1
+    tier: Tier = Tier.MEMORY
+    rate_factor: float = 1.0
+
+
+COMMIT = Verdict(Action.COMMIT)
