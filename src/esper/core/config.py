@@ -38,6 +38,9 @@ class GuardConfig(Section):
         1.25, gt=1, description="Loss over its exponential average that counts as high."
     )
     ewa_patience: PositiveInt = Field(3, description="High losses in a row that call a divergence.")
+    margin: PositiveInt = Field(
+        8, description="Steps between a suspicion and the newest state that is trusted."
+    )
     max_skips: PositiveInt = Field(
         3, description="Non-finite steps in a row that are skipped before rolling back."
     )
@@ -60,6 +63,7 @@ class SnapshotConfig(Section):
     max_megabytes: PositiveFloat = Field(
         512.0, description="Memory for all snapshots together, in MiB."
     )
+    max_snapshots: int = Field(8, ge=2, description="Snapshots kept at the same time.")
 
 
 class CheckpointConfig(Section):

@@ -1,6 +1,12 @@
 """Leyline: the contracts. Messages, enums, protocols and errors; knows nothing else of Esper."""
 
-from esper.leyline.commands import AdaptationCommand, FieldReport, ScaleLearningRate
+from esper.leyline.commands import (
+    AdaptationCommand,
+    FieldReport,
+    ScaleLearningRate,
+    SeedCommand,
+    SeedOperation,
+)
 from esper.leyline.errors import (
     CheckpointError,
     ConfigError,
@@ -35,6 +41,8 @@ __all__ = [
     "Record",
     "RunError",
     "ScaleLearningRate",
+    "SeedCommand",
+    "SeedOperation",
     "Sink",
     "StateError",
     "Stateful",

@@ -1,5 +1,7 @@
 """What a policy may ask for, and what came of it."""
 
+from enum import StrEnum
+
 import msgspec
 
 
@@ -12,7 +14,28 @@ class ScaleLearningRate(msgspec.Struct, frozen=True, tag_field="type", tag="scal
     factor: float
 
 
-AdaptationCommand = ScaleLearningRate
+class SeedOperation(StrEnum):
+    """What may be asked of a seed, a slot where the model grows."""
+
+    GERMINATE = "germinate"
+    ADVANCE = "advance"
+    CULL = "cull"
+
+
+class SeedCommand(msgspec.Struct, frozen=True, tag_field="type", tag="seed"):
+    """Do something with one seed.
+
+    :param seed: name of the seed.
+    :param operation: what to do.
+    :param blueprint: what to germinate.
+    """
+
+    seed: str
+    operation: SeedOperation
+    blueprint: str = ""
+
+
+AdaptationCommand = ScaleLearningRate | SeedCommand
 
 
 class FieldReport(msgspec.Struct, frozen=True, tag_field="type", tag="field_report"):

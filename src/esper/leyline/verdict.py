@@ -27,6 +27,7 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
     :param action: what to do with this step.
     :param reason: one sentence with the values that triggered it; empty for a commit.
     :param suspicious: the step may be the start of a divergence; a state saved now is unproven.
+    :param first_suspect: for a rollback, the step at which the suspicion began.
     :param before_step: for a rollback, only states of this step or an older one may be restored.
     :param tier: for a rollback, the tier to restore from.
     :param rate_factor: for a rollback, the learning rate is multiplied by this afterwards.
@@ -35,6 +36,7 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
     action: Action
     reason: str = ""
     suspicious: bool = False
+    first_suspect: int = -1
     before_step: int = -1
     tier: Tier = Tier.MEMORY
     rate_factor: float = 1.0

@@ -1,0 +1,189 @@
+"""Builds the parts of a run from a job and a configuration."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from esper.core.config import TolariaConfig
+from esper.leyline import Executor, Level, Sink, Stateful
+from esper.nissa import NullHub, TelemetryHub
+from esper.tolaria.aggregation import PCGrad
+from esper.tolaria.companions import Companions, NoCompanions
+from esper.tolaria.data import DataPlan, ResumableLoader, plan_data
+from esper.tolaria.drill import POSITION, SCALE, Drill, NoDrill
+from esper.tolaria.ending import Ending
+from esper.tolaria.epochs import Epochs
+from esper.tolaria.evaluation import Evaluation
+from esper.tolaria.guard import Guard, NullGuard
+from esper.tolaria.job import TrainingJob
+from esper.tolaria.keeper import CheckpointSchedule, Keeper, Schedule, SnapshotSchedule
+from esper.tolaria.loop import Run
+from esper.tolaria.objective import Objective
+from esper.tolaria.placement import placer, resolve_device
+from esper.tolaria.recorder import Recorder
+from esper.tolaria.recovery import Recovery, RecoveryLog, RollbackTiers
+from esper.tolaria.rescue import Rescue
+from esper.tolaria.rollback import CheckpointStore, FastRollbackCache
+from esper.tolaria.state import TrainState
+from esper.tolaria.update import Update
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a run is embedded in.
+
+    :param directory: run directory; without one nothing is written to disk.
+    :param sinks: receive the records.
+    :param executor: carries out commands that change the model.
+    :param drill: whether to inject one divergence.
+    """
+
+    directory: Path | None = None
+    sinks: Sequence[Sink] = ()
+    executor: Executor | None = None
+    drill: bool = False
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A run, and what its owner has to hold besides."""
+
+    run: Run
+    state: TrainState
+    hub: TelemetryHub | NullHub
+    tiers: RollbackTiers
+    companions: Companions | NoCompanions
+    log: RecoveryLog
+    plan: DataPlan
+    validation: DataPlan | None
+
+
+def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings) -> Assembly:
+    """Wire the parts of one run.
+
+    :raises DataError: the job's data cannot be iterated resumably.
+    :raises ConfigError: the device is not available.
+    """
+    device = resolve_device(config.train.device)
+    job.model.to(device)
+    plan = plan_data(job.data, batch_size=job.batch_size, shuffle=True, role="training")
+    data = ResumableLoader(plan, seed=config.train.seed, epochs=config.train.epochs)
+    update = Update(
+        job.optimizer,
+        scheduler=job.scheduler,
+        scaler=job.scaler,
+        clip_norm=config.train.clip_norm,
+    )
+    guard: Guard | NullGuard = Guard(config.guard) if config.guard.enabled else NullGuard()
+    hub = TelemetryHub(surroundings.sinks) if config.telemetry.enabled else NullHub()
+    log = RecoveryLog()
+    recorder = Recorder(hub, update, log)
+    companions = _companions(job, config, surroundings.executor, recorder)
+    drill = _drill(surroundings, data, recorder)
+    objective = _objective(job, config)
+    state = _state(job, objective)
+    tiers = _tiers(config, surroundings.directory)
+    recovery = Recovery(state, tiers, data, update, guard, log)
+    components: dict[str, Stateful] = {
+        "progress": update.progress,
+        "data": data,
+        "guard": guard,
+        "guard_history": guard.history,
+        "recovery": log,
+        "trail": recovery.trail,
+        "meter": recorder.meter,
+        "companions": companions,
+        "drill": drill,
+    }
+    for name, component in components.items():
+        state.add(name, component)
+    if isinstance(companions, Companions):
+        companions.on_model_change = state.refresh
+    ending = Ending()
+    place = placer(device)
+    validation = _validation_plan(job)
+    evaluation = Evaluation(job.model, validation, metrics=job.metrics, loss=job.loss, place=place)
+    run = Run(
+        data=data,
+        place=place,
+        drill=drill,
+        objective=objective,
+        guard=guard,
+        update=update,
+        recorder=recorder,
+        rescue=Rescue(recovery, recorder, ending, data),
+        epochs=Epochs(data, evaluation, recorder, companions, update, log),
+        keeper=Keeper(state, update.progress, _schedules(config, tiers, recorder)),
+        ending=ending,
+    )
+    return Assembly(run, state, hub, tiers, companions, log, plan, validation)
+
+
+def _objective(job: TrainingJob, config: TolariaConfig) -> Objective:
+    return Objective(
+        job.model,
+        job.loss,
+        aggregator=job.aggregator or PCGrad(),
+        scaler=job.scaler,
+        measure_norm=config.guard.enabled or config.train.clip_norm is not None,
+    )
+
+
+def _state(job: TrainingJob, objective: Objective) -> TrainState:
+    parts = {
+        "scheduler": job.scheduler,
+        "scaler": job.scaler,
+        "aggregator": objective.aggregator,
+    }
+    stateful = {name: part for name, part in parts.items() if isinstance(part, Stateful)}
+    return TrainState(job.model, job.optimizer, stateful)
+
+
+def _tiers(config: TolariaConfig, directory: Path | None) -> RollbackTiers:
+    memory = disk = None
+    if config.snapshots.enabled:
+        memory = FastRollbackCache(
+            config.snapshots.max_megabytes, max_snapshots=config.snapshots.max_snapshots
+        )
+    if config.checkpoints.enabled and directory is not None:
+        disk = CheckpointStore(directory / "checkpoints", keep=config.checkpoints.keep)
+    return RollbackTiers(memory, disk)
+
+
+def _schedules(config: TolariaConfig, tiers: RollbackTiers, recorder: Recorder) -> list[Schedule]:
+    schedules: list[Schedule] = []
+    if tiers.memory is not None:
+        schedules.append(SnapshotSchedule(tiers.memory, config.snapshots.every))
+    if tiers.disk is not None:
+        schedules.append(CheckpointSchedule(tiers.disk, config.checkpoints.every, recorder))
+    return schedules
+
+
+def _companions(
+    job: TrainingJob, config: TolariaConfig, executor: Executor | None, recorder: Recorder
+) -> Companions | NoCompanions:
+    if job.policy is None:
+        return NoCompanions()
+    return Companions(job.policy, executor, config.policy, recorder.update, recorder)
+
+
+def _drill(
+    surroundings: Surroundings, data: ResumableLoader, recorder: Recorder
+) -> Drill | NoDrill:
+    if not surroundings.drill:
+        return NoDrill()
+
+    def announce(step: int) -> None:
+        message = (
+            f"drill: the batch of step {step} is poisoned on purpose "
+            f"(inputs x {-SCALE:g}, out of order); --no-drill turns this off"
+        )
+        recorder.event("drill_injected", message, Level.WARNING, step=step, kind="poisoned batch")
+
+    return Drill(int(POSITION * data.epochs * data.plan.batches), announce)
+
+
+def _validation_plan(job: TrainingJob) -> DataPlan | None:
+    if job.validation is None:
+        return None
+    return plan_data(job.validation, batch_size=job.batch_size, shuffle=False, role="validation")

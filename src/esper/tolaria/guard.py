@@ -1,0 +1,229 @@
+"""The divergence guard: judges each step between backward pass and optimizer step.
+
+Non-finite values are refused before they reach the weights. A divergence is called by either of two
+rules on the loss: above the median by several median absolute deviations for two steps in a row, or
+above its exponentially weighted average by a quarter for three. While a step is suspicious the
+statistics stand still, so that a spike cannot raise the bar it is measured with.
+"""
+
+import math
+from bisect import bisect_left, insort
+from collections import deque
+from typing import Any
+
+import msgspec
+
+from esper.core.config import GuardConfig
+from esper.leyline import COMMIT, Action, Tier, Verdict
+
+_EWA_DECAY = 0.95
+# The deviation is never taken for smaller than this share of the median: a loss that has become
+# almost constant would otherwise call its own rounding a spike.
+_SMALLEST_DEVIATION = 0.01
+
+
+class LossStatistics:
+    """Median, median absolute deviation and exponential average of the last healthy losses.
+
+    :param window: losses that median and deviation look back on.
+    """
+
+    def __init__(self, window: int) -> None:
+        self._recent: deque[float] = deque(maxlen=window)
+        self._sorted: list[float] = []
+        self.average = math.nan
+
+    def __len__(self) -> int:
+        return len(self._recent)
+
+    def add(self, loss: float) -> None:
+        """Take in one healthy, finite loss."""
+        if len(self._recent) == self._recent.maxlen:
+            oldest = self._recent.popleft()
+            del self._sorted[bisect_left(self._sorted, oldest)]
+        self._recent.append(loss)
+        insort(self._sorted, loss)
+        if math.isnan(self.average):
+            self.average = loss
+        else:
+            self.average = _EWA_DECAY * self.average + (1 - _EWA_DECAY) * loss
+
+    @property
+    def median(self) -> float:
+        """Median of the window."""
+        return self._sorted[len(self._sorted) // 2]
+
+    def spike_threshold(self, deviations: float) -> float:
+        """Return the loss that lies ``deviations`` median absolute deviations above the median."""
+        ordered = self._sorted
+        median = ordered[len(ordered) // 2]
+        distances = [value - median if value > median else median - value for value in ordered]
+        distances.sort()
+        deviation = max(distances[len(distances) // 2], _SMALLEST_DEVIATION * abs(median))
+        return median + deviations * deviation
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return window and average."""
+        return {"recent": list(self._recent), "average": self.average}
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Continue from :meth:`state_dict`."""
+        self._recent = deque(state_dict["recent"], maxlen=self._recent.maxlen)
+        self._sorted = sorted(self._recent)
+        self.average = state_dict["average"]
+
+
+class RecoveryHistory(msgspec.Struct):
+    """What the guard has done so far; a rollback does not take this back.
+
+    :param in_a_row: rollbacks without a full recovery in between.
+    :param last_rollback_step: step at which the last rollback was asked for.
+    """
+
+    in_a_row: int = 0
+    last_rollback_step: int = -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the fields."""
+        return msgspec.structs.asdict(self)
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Set the fields."""
+        for name, value in state_dict.items():
+            setattr(self, name, value)
+
+
+class Guard:
+    """Answers whether a step may be committed.
+
+    :param config: thresholds and budgets.
+    """
+
+    def __init__(self, config: GuardConfig | None = None) -> None:
+        self.config = config or GuardConfig()
+        self.history = RecoveryHistory()
+        self.statistics = LossStatistics(self.config.window)
+        self._spikes = 0
+        self._high = 0
+        self._not_finite = 0
+        self._suspect_since = -1
+
+    def judge(self, step: int, loss: float, gradient_norm: float | None = None) -> Verdict:
+        """Judge the step that is about to be committed.
+
+        :param step: index of the step.
+        :param loss: sum of its task losses.
+        :param gradient_norm: norm of the combined gradient, when it was computed.
+        """
+        if not math.isfinite(loss) or (
+            gradient_norm is not None and not math.isfinite(gradient_norm)
+        ):
+            return self._judge_not_finite(step, loss, gradient_norm)
+        self._not_finite = 0
+        if len(self.statistics) < self.config.warmup:
+            self.statistics.add(loss)
+            return COMMIT
+        return self._judge_finite(step, loss)
+
+    def note_recovered(self, step: int) -> None:
+        """Start afresh after a rollback was carried out: the suspicion is over, its count stays."""
+        self.history.in_a_row += 1
+        self.history.last_rollback_step = step
+        self._clear_suspicion()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the statistics and counters, the recovery history aside."""
+        return {
+            "statistics": self.statistics.state_dict(),
+            "counters": [self._spikes, self._high, self._not_finite, self._suspect_since],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Continue from :meth:`state_dict`."""
+        self.statistics.load_state_dict(state_dict["statistics"])
+        counters = state_dict["counters"]
+        self._spikes, self._high, self._not_finite, self._suspect_since = counters
+
+    def _judge_finite(self, step: int, loss: float) -> Verdict:
+        config = self.config
+        threshold = self.statistics.spike_threshold(config.mad_threshold)
+        bar = config.ewa_threshold * self.statistics.average
+        self._spikes = self._spikes + 1 if loss > threshold else 0
+        self._high = self._high + 1 if loss > bar > 0 else 0
+        if not self._spikes and not self._high:
+            self._clear_suspicion()
+            self.statistics.add(loss)
+            self._forget_old_rollbacks(step)
+            return COMMIT
+        if self._suspect_since < 0:
+            self._suspect_since = step
+        reason = (
+            f"loss {loss:.4g} against a median of {self.statistics.median:.4g} "
+            f"(spike above {threshold:.4g}) and an average of {self.statistics.average:.4g} "
+            f"(high above {bar:.4g})"
+        )
+        if self._spikes >= config.mad_patience or self._high >= config.ewa_patience:
+            return self._call_divergence(step, reason)
+        return Verdict(Action.COMMIT, reason, suspicious=True)
+
+    def _judge_not_finite(self, step: int, loss: float, norm: float | None) -> Verdict:
+        self._not_finite += 1
+        what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
+        reason = f"{what} is not finite"
+        if self._suspect_since >= 0:
+            return self._call_divergence(step, f"{reason}, right after a spike of the loss")
+        if self._not_finite > self.config.max_skips:
+            self._suspect_since = step - self._not_finite + 1
+            return self._call_divergence(step, f"{reason} for {self._not_finite} steps in a row")
+        return Verdict(Action.SKIP, reason, suspicious=True)
+
+    def _call_divergence(self, step: int, reason: str) -> Verdict:
+        self._forget_old_rollbacks(step)
+        attempt = self.history.in_a_row
+        if attempt >= self.config.max_rollbacks:
+            return Verdict(
+                Action.HALT,
+                f"{reason}; {attempt} rollbacks did not help (guard.max_rollbacks)",
+                suspicious=True,
+            )
+        last_resort = attempt > 0 and attempt == self.config.max_rollbacks - 1
+        return Verdict(
+            Action.ROLLBACK,
+            reason,
+            suspicious=True,
+            first_suspect=self._suspect_since,
+            # Each further attempt goes back twice as far: the newest state may carry the cause.
+            before_step=self._suspect_since - self.config.margin * 2**attempt,
+            tier=Tier.DISK if last_resort else Tier.MEMORY,
+            rate_factor=1.0 if attempt == 0 else self.config.rate_cut,
+        )
+
+    def _forget_old_rollbacks(self, step: int) -> None:
+        history = self.history
+        if history.in_a_row and step - history.last_rollback_step >= self.config.recovery_steps:
+            history.in_a_row = 0
+
+    def _clear_suspicion(self) -> None:
+        self._spikes = self._high = self._not_finite = 0
+        self._suspect_since = -1
+
+
+class NullGuard:
+    """Commits every step."""
+
+    def __init__(self) -> None:
+        self.history = RecoveryHistory()
+
+    def judge(self, step: int, loss: float, gradient_norm: float | None = None) -> Verdict:  # noqa: ARG002 - Guard's signature
+        """Answer with a commit."""
+        return COMMIT
+
+    def note_recovered(self, step: int) -> None:
+        """Do nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Take nothing."""

@@ -1,0 +1,75 @@
+"""Answering a verdict that is no plain commit: tell, roll back, or end the run."""
+
+from esper.leyline import Action, Level, Verdict
+from esper.tolaria.data import Batch, ResumableLoader
+from esper.tolaria.ending import Ending, Outcome
+from esper.tolaria.recorder import Recorder
+from esper.tolaria.recovery import Recovery, RollbackResult
+
+
+class Rescue:
+    """Carries out the guard's remedies and tells about each.
+
+    :param recovery: rolls back.
+    :param recorder: told of every remedy.
+    :param ending: asked to end the run when no remedy is left.
+    :param data: tells the samples of a skipped batch.
+    """
+
+    def __init__(
+        self, recovery: Recovery, recorder: Recorder, ending: Ending, data: ResumableLoader
+    ) -> None:
+        self._recovery = recovery
+        self._recorder = recorder
+        self._ending = ending
+        self._data = data
+
+    def answer(self, step: int, batch: Batch, verdict: Verdict) -> None:
+        """Remember the step's batch, and carry out whatever its verdict asks for besides."""
+        self._recovery.trail.note(step, batch)
+        if verdict.action is Action.COMMIT:
+            if verdict.suspicious:
+                message = f"step {step}: {verdict.reason}"
+                self._recorder.event("guard_suspicious", message, Level.WARNING, step=step)
+        elif verdict.action is Action.SKIP:
+            self._recovery.log.skipped_updates += 1
+            message = f"step {step}: update skipped, {verdict.reason}"
+            self._recorder.event("step_skipped", message, Level.WARNING, reason=verdict.reason)
+        elif verdict.action is Action.ROLLBACK:
+            self._roll_back(step, verdict)
+        else:
+            self._ending.ask(Outcome.HALTED, verdict.reason)
+
+    def _roll_back(self, step: int, verdict: Verdict) -> None:
+        result = self._recovery.roll_back(verdict)
+        if result.tier is None:
+            reason = f"{verdict.reason}; no state to roll back to: {result.error}"
+            self._ending.ask(Outcome.HALTED, reason)
+            return
+        self._recorder.event(
+            "rollback",
+            _story(step, verdict, result),
+            Level.WARNING,
+            tier=result.tier.value,
+            from_step=step,
+            to_step=result.step,
+            reason=verdict.reason,
+            latency_ms=result.latency_ms,
+            skipped_batches=[list(identity) for identity in result.skipped],
+            skipped_samples=[
+                sample for identity in result.skipped for sample in self._data.samples_of(*identity)
+            ],
+            rate_factor=verdict.rate_factor,
+            fallback=result.error,
+        )
+
+
+def _story(step: int, verdict: Verdict, result: RollbackResult) -> str:
+    batches = len(result.skipped)
+    story = (
+        f"diverged at step {step} ({verdict.reason}); rolled back to step {result.step} from "
+        f"{result.tier} in {result.latency_ms:.1f} ms, {batches} batches skipped"
+    )
+    if verdict.rate_factor != 1.0:
+        story += f", learning rate x {verdict.rate_factor:g}"
+    return story

@@ -1,0 +1,173 @@
+"""Tier 1: copies of the training state in memory, in arenas that are allocated once.
+
+Page faults, not copying, are what a snapshot costs: a slot's memory is allocated and touched when
+the slot is first used, and written over in place from then on.
+"""
+
+import json
+from collections.abc import Container
+
+import torch
+from torch import Tensor
+
+from esper.leyline import StateError
+from esper.tolaria.state.capture import Capturable, Capture
+
+_ALIGNMENT = 64
+
+
+class _Arena:
+    """One block of host memory with a view for each tensor of a capture."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self._shapes = [(name, t.shape, t.dtype) for name, t in tensors.items()]
+        offsets, size = _layout(tensors)
+        pinned = any(tensor.is_cuda for tensor in tensors.values())
+        block = torch.empty(size, dtype=torch.uint8, pin_memory=pinned).zero_()
+        self.nbytes = block.nbytes
+        self.views = {
+            name: block[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for (name, tensor), start in zip(tensors.items(), offsets, strict=True)
+        }
+
+    def fits(self, tensors: dict[str, Tensor]) -> bool:
+        return self._shapes == [(name, t.shape, t.dtype) for name, t in tensors.items()]
+
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for view, tensor in zip(self.views.values(), tensors.values(), strict=True):
+                view.copy_(tensor)
+
+
+class Snapshot:
+    """The training state as it was after ``step`` steps.
+
+    :ivar step: steps taken when it was made.
+    :ivar healthy: whether the guard had no doubt then; others are no rollback targets.
+    """
+
+    def __init__(self, step: int, *, healthy: bool, arena: _Arena, values: bytes) -> None:
+        self.step = step
+        self.healthy = healthy
+        self._arena = arena
+        self._values = values
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: the arena and the encoded values."""
+        return self._arena.nbytes + len(self._values)
+
+    def capture(self) -> Capture:
+        """Return the content. Its tensors are the arena's: they must only be read."""
+        return Capture(self._arena.views, json.loads(self._values))
+
+
+class FastRollbackCache:
+    """Keeps the newest snapshots within a budget of bytes and a number of slots.
+
+    The newest healthy snapshot is never evicted.
+
+    :param max_megabytes: budget for all snapshots together, in MiB.
+    :param max_snapshots: slots, at least 1.
+    :raises StateError: at the first :meth:`put` of a state that does not fit the budget.
+    """
+
+    def __init__(self, max_megabytes: float, *, max_snapshots: int = 8) -> None:
+        self._max_bytes = int(max_megabytes * 2**20)
+        self._max_snapshots = max_snapshots
+        self._snapshots: dict[int, Snapshot] = {}
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes held by all snapshots, exactly."""
+        return sum(snapshot.nbytes for snapshot in self._snapshots.values())
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that a snapshot is held of, oldest first."""
+        return sorted(self._snapshots)
+
+    def put(self, step: int, state: Capturable, *, healthy: bool = True) -> Snapshot | None:
+        """Copy ``state`` into a slot. A snapshot of the same step is replaced.
+
+        :param step: steps taken so far.
+        :param healthy: False when the guard doubts the state.
+        :returns: None when a doubtful state would have had to evict the last healthy one.
+        :raises StateError: the state alone is larger than the budget.
+        """
+        capture = state.capture()
+        values = json.dumps(capture.values).encode()
+        size = _layout(capture.tensors)[1] + len(values)
+        free = self._make_room(step, size)
+        if not self._has_room(size):
+            if not healthy:
+                return None
+            # The budget holds one state only: the last healthy one makes way for its successor.
+            self._snapshots.clear()
+        arena = next((arena for arena in free if arena.fits(capture.tensors)), None)
+        if arena is None:
+            free.clear()
+            arena = _Arena(capture.tensors)
+        arena.fill(capture.tensors)
+        snapshot = Snapshot(step, healthy=healthy, arena=arena, values=values)
+        self._snapshots[step] = snapshot
+        return snapshot
+
+    def get_nearest(self, step: int) -> Snapshot | None:
+        """Return the newest healthy snapshot of ``step`` or an earlier step, if there is one."""
+        steps = [kept for kept, s in self._snapshots.items() if s.healthy and kept <= step]
+        return self._snapshots[max(steps)] if steps else None
+
+    def restore(self, snapshot: Snapshot, state: Capturable, *, keep: Container[str] = ()) -> None:
+        """Put a snapshot back into ``state``; it can be restored again, any number of times.
+
+        Snapshots of later steps are dropped: they belong to a course that is taken back.
+
+        :param keep: names of components that stay as they are.
+        :raises StateError: the snapshot does not fit the live state; nothing was changed then.
+        """
+        state.restore(snapshot.capture(), keep=keep)
+        for later in [kept for kept in self._snapshots if kept > snapshot.step]:
+            del self._snapshots[later]
+
+    def discard_after(self, step: int) -> None:
+        """Drop every snapshot of a step later than ``step``."""
+        for later in [kept for kept in self._snapshots if kept > step]:
+            del self._snapshots[later]
+
+    def _make_room(self, step: int, size: int) -> list[_Arena]:
+        """Evict until ``size`` bytes and a slot are free; return the arenas that this freed."""
+        if size > self._max_bytes:
+            raise StateError(
+                f"the training state is {size / 2**20:.1f} MiB but snapshots.max_megabytes is "
+                f"{self._max_bytes / 2**20:g}; raise it, or set snapshots.enabled = false"
+            )
+        freed = []
+        if step in self._snapshots:
+            freed.append(self._snapshots.pop(step)._arena)
+        protected = self.get_nearest(step)
+        for candidate in self.steps:
+            if self._has_room(size):
+                break
+            if protected is None or candidate != protected.step:
+                freed.append(self._snapshots.pop(candidate)._arena)
+        return freed
+
+    def _has_room(self, size: int) -> bool:
+        slots = len(self._snapshots) < self._max_snapshots
+        return slots and self.size_bytes + size <= self._max_bytes
+
+
+def _layout(tensors: dict[str, Tensor]) -> tuple[list[int], int]:
+    """Return each tensor's offset, aligned to a cache line, and the size of the whole block."""
+    offsets = []
+    end = 0
+    for tensor in tensors.values():
+        offsets.append(end)
+        end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    return offsets, end
+
+
+def snapshot_bytes(state: Capturable) -> int:
+    """Return the bytes that one snapshot of ``state`` takes at present, values aside."""
+    return _layout(state.capture().tensors)[1]

@@ -1,0 +1,205 @@
+"""The trainer: owns one run, starts it, ends it, and says what became of it."""
+
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader, Dataset
+
+from esper._version import __version__
+from esper.core.config import TolariaConfig
+from esper.leyline import (
+    CheckpointError,
+    DivergenceError,
+    Executor,
+    Level,
+    Policy,
+    Sink,
+    StepRecord,
+    SystemState,
+)
+from esper.tolaria.assembly import Assembly, Surroundings, assemble
+from esper.tolaria.ending import Outcome
+from esper.tolaria.job import LossFunction, TrainingJob
+from esper.tolaria.loop import steps
+from esper.tolaria.metrics import collect_metrics
+from esper.tolaria.state import TrainState
+
+
+class TolariaTrainer:
+    """Trains a model, guards it against divergence, and can resume to the bit.
+
+    :param model: any module.
+    :param optimizer: over its parameters.
+    :param data: training data; see :class:`~esper.tolaria.job.TrainingJob`, which holds the less
+        common parts and is what :meth:`from_job` takes.
+    :param loss_fn: called with model and batch; returns one loss, or one for each task.
+    :param tamiyo: policy that is asked how training should adapt.
+    :param kasmina: executor of commands that change the model.
+    :param config: everything else.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        data: Dataset[Any] | DataLoader[Any],
+        loss_fn: LossFunction,
+        *,
+        tamiyo: Policy | None = None,
+        kasmina: Executor | None = None,
+        config: TolariaConfig | None = None,
+    ) -> None:
+        job = TrainingJob(model=model, optimizer=optimizer, data=data, loss=loss_fn, policy=tamiyo)
+        self._set_up(job, config or TolariaConfig(), Surroundings(executor=kasmina))
+
+    @classmethod
+    def from_job(
+        cls,
+        job: TrainingJob,
+        *,
+        config: TolariaConfig | None = None,
+        directory: Path | None = None,
+        sinks: Sequence[Sink] = (),
+        kasmina: Executor | None = None,
+        drill: bool = False,
+    ) -> "TolariaTrainer":
+        """Make a trainer of a whole job.
+
+        :param directory: run directory; without one there are no durable checkpoints.
+        :param sinks: receive every step, epoch and event.
+        :param drill: inject one divergence, to watch it being taken back.
+        """
+        trainer = cls.__new__(cls)
+        surroundings = Surroundings(directory, sinks, kasmina, drill)
+        trainer._set_up(job, config or TolariaConfig(), surroundings)
+        return trainer
+
+    def _set_up(self, job: TrainingJob, config: TolariaConfig, surroundings: Surroundings) -> None:
+        self.job = job
+        self.config = config
+        self._surroundings = surroundings
+        self._parts: Assembly = assemble(job, config, surroundings)
+        self._resumed_from: int | None = None
+
+    @property
+    def state(self) -> TrainState:
+        """The training state, for saving it elsewhere."""
+        return self._parts.state
+
+    @property
+    def outcome(self) -> str:
+        """``running``, ``completed``, ``stopped``, ``halted`` or ``failed``."""
+        return self._parts.run.ending.outcome.value
+
+    def metrics_snapshot(self) -> dict[str, float]:
+        """Return the newest value of every metric that was measured, by name."""
+        return collect_metrics(self._parts)
+
+    def resume(self) -> int:
+        """Restore the newest valid checkpoint of the run directory.
+
+        :returns: the steps taken in it.
+        :raises CheckpointError: there is no directory, or no valid checkpoint in it.
+        """
+        store = self._parts.tiers.disk
+        if store is None:
+            raise CheckpointError(
+                "this run keeps no checkpoints; give it a directory and checkpoints.enabled = true"
+            )
+        info = store.load_latest(self._parts.state)
+        self._parts.log.attempt += 1
+        self._resumed_from = info.step
+        return int(info.step)
+
+    def stop(self) -> None:
+        """Finish the current step, write a checkpoint and end."""
+        self._parts.run.ending.ask(Outcome.STOPPED, "stopped on request")
+
+    def run(self) -> Iterator[SystemState]:
+        """Train to the end; yield the state of each epoch.
+
+        :raises DivergenceError: the guard's remedies are exhausted.
+        """
+        epochs = self._parts.run.epochs
+        for _ in self.steps():
+            yield from epochs.take_finished()
+
+    def steps(self) -> Iterator[StepRecord]:
+        """Train to the end; yield the record of each step.
+
+        :raises DivergenceError: the guard's remedies are exhausted.
+        """
+        began = time.perf_counter()
+        run = self._parts.run
+        self._announce()
+        run.keeper.keep_first()
+        try:
+            yield from steps(run)
+            run.ending.ask(Outcome.COMPLETED, "all epochs are done")
+        except GeneratorExit:
+            run.ending.ask(Outcome.STOPPED, "the caller stopped asking for steps")
+            raise
+        except BaseException as error:
+            run.ending.ask(Outcome.FAILED, f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            self._close(time.perf_counter() - began)
+        if run.ending.outcome is Outcome.HALTED:
+            raise DivergenceError(f"training was halted: {run.ending.reason}")
+
+    def _close(self, seconds: float) -> None:
+        parts, ending = self._parts, self._parts.run.ending
+        if ending.outcome is not Outcome.FAILED:
+            parts.run.keeper.keep_last(healthy=ending.outcome is not Outcome.HALTED)
+        parts.companions.close()
+        if parts.tiers.disk is not None:
+            parts.tiers.disk.close()
+        last = parts.run.epochs.last
+        failed = ending.outcome in (Outcome.HALTED, Outcome.FAILED)
+        parts.run.recorder.event(
+            "run_ended",
+            f"{ending.outcome.value} after {parts.run.update.progress.step} steps",
+            Level.CRITICAL if failed else Level.INFO,
+            outcome=ending.outcome.value,
+            seconds=seconds,
+            steps=parts.run.update.progress.step,
+            validation={} if last is None else last.validation,
+            skipped=parts.log.skipped_updates,
+            rollbacks=parts.log.rollbacks,
+            error=ending.reason if failed else "",
+        )
+        parts.hub.close()
+
+    def _announce(self) -> None:
+        recorder, job, config = self._parts.run.recorder, self.job, self.config
+        if self._resumed_from is not None:
+            message = f"resumed from the checkpoint of step {self._resumed_from}"
+            recorder.event("run_resumed", message, from_step=self._resumed_from)
+        plan, validation = self._parts.plan, self._parts.validation
+        directory = self._surroundings.directory
+        parameters = sum(parameter.numel() for parameter in job.model.parameters())
+        recorder.event(
+            "run_started",
+            f"{job.name}: {parameters:,} parameters, {plan.samples:,} samples",
+            run=job.name if directory is None else directory.name,
+            job=job.name,
+            parameters=parameters,
+            samples=plan.samples,
+            validation_samples=0 if validation is None else validation.samples,
+            epochs=config.train.epochs,
+            steps_per_epoch=plan.batches,
+            device=str(next(job.model.parameters()).device),
+            seed=config.train.seed,
+            drill=self._surroundings.drill,
+            versions={
+                "esper": __version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        )

@@ -1,0 +1,28 @@
+import pytest
+import torch
+
+from esper.tolaria.aggregation import Mean, Sum, Weighted
+
+
+def test_sum_and_mean() -> None:
+    gramian = torch.eye(4, dtype=torch.float64)
+    assert Sum().weights(gramian).tolist() == [1, 1, 1, 1]
+    assert Mean().weights(gramian).tolist() == [0.25] * 4
+
+
+def test_weights_are_normalised_by_their_sum() -> None:
+    assert Weighted([1, 3]).weights(torch.eye(2).double()).tolist() == [0.25, 0.75]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [([0, 0], "sum to zero"), ([1, -1], "weight 1 is -1"), ([float("nan")], "weight 0 is nan")],
+)
+def test_bad_weights_are_refused(weights: list[float], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        Weighted(weights)
+
+
+def test_a_wrong_number_of_weights_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="2 weights were given for 3 tasks"):
+        Weighted([1, 1]).weights(torch.eye(3).double())
