@@ -30,14 +30,19 @@ class GuardConfig(Section):
     enabled: bool = Field(True, description="Judge every step before it is committed.")
     window: int = Field(64, ge=8, description="Healthy losses that the statistics look back on.")
     warmup: int = Field(20, ge=4, description="Healthy losses needed before a spike is called.")
-    mad_threshold: PositiveFloat = Field(
+    spike_deviations: PositiveFloat = Field(
         8.0, description="A loss this many MADs above the median is a spike."
     )
-    mad_patience: PositiveInt = Field(2, description="Spikes in a row that call a divergence.")
-    ewa_threshold: float = Field(
-        1.25, gt=1, description="Loss over its exponential average that counts as high."
+    spike_patience: PositiveInt = Field(2, description="Spikes in a row that call a divergence.")
+    trend_ratio: float = Field(
+        1.25, gt=1, description="A loss this many times its exponential average is high ..."
     )
-    ewa_patience: PositiveInt = Field(3, description="High losses in a row that call a divergence.")
+    trend_deviations: PositiveFloat = Field(
+        4.0, description="... if it also lies this many MADs above the median."
+    )
+    trend_patience: PositiveInt = Field(
+        3, description="High losses in a row that call a divergence."
+    )
     margin: PositiveInt = Field(
         8, description="Steps between a suspicion and the newest state that is trusted."
     )

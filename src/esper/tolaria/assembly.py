@@ -173,14 +173,22 @@ def _drill(
     if not surroundings.drill:
         return NoDrill()
 
-    def announce(step: int) -> None:
+    epoch, number = divmod(int(POSITION * data.epochs * data.plan.batches), data.plan.batches)
+
+    def announce() -> None:
         message = (
-            f"drill: the batch of step {step} is poisoned on purpose "
+            f"drill: batch {number} of epoch {epoch} is poisoned on purpose "
             f"(inputs x {-SCALE:g}, out of order); --no-drill turns this off"
         )
-        recorder.event("drill_injected", message, Level.WARNING, step=step, kind="poisoned batch")
+        recorder.event(
+            "drill_injected",
+            message,
+            Level.WARNING,
+            step=recorder.update.progress.step,
+            kind="poisoned batch",
+        )
 
-    return Drill(int(POSITION * data.epochs * data.plan.batches), announce)
+    return Drill(epoch, number, announce)
 
 
 def _validation_plan(job: TrainingJob) -> DataPlan | None:

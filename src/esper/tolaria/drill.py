@@ -14,46 +14,44 @@ POSITION = 0.55
 
 
 class Drill:
-    """Poisons the batch of one step: its inputs are scaled up, negated and shuffled.
+    """Poisons one batch: its inputs are scaled up, negated and shuffled.
 
-    The identity of the poisoned batch is fixed when its step is first reached, so that the same
-    batch stays poisoned when training comes by again, unless it is skipped.
+    The batch is poisoned whenever training comes by, as a bad batch in real data would be, until
+    it is skipped.
 
-    :param step: the step whose batch is poisoned.
-    :param announce: called once, with the step, when the poison is given.
+    :param epoch: epoch of the batch.
+    :param number: its position in the epoch.
+    :param announce: called whenever the poison is given.
     """
 
-    def __init__(self, step: int, announce: Callable[[int], None]) -> None:
-        self.step = step
+    def __init__(self, epoch: int, number: int, announce: Callable[[], None]) -> None:
+        self._identity = (epoch, number)
         self._announce = announce
-        self._poisoned: tuple[int, int] | None = None
 
-    def apply(self, step: int, identity: tuple[int, int], content: Any) -> Any:  # noqa: ANN401
+    def apply(self, epoch: int, number: int, content: Any) -> Any:  # noqa: ANN401
         """Return the content of a batch, poisoned if it is the one.
 
-        :param step: index of the step that the batch is for.
-        :param identity: epoch and number of the batch.
         :raises DataError: the batch holds no floating-point tensor to poison.
         """
-        if self._poisoned is None and step == self.step:
-            self._poisoned = identity
-            self._announce(step)
-        return poison(content) if identity == self._poisoned else content
+        if (epoch, number) != self._identity:
+            return content
+        self._announce()
+        return poison(content)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which batch is poisoned."""
-        return {"poisoned": self._poisoned}
+        """Return which batch is poisoned: it stays the same when a run is resumed for longer."""
+        return {"identity": list(self._identity)}
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
         """Set which batch is poisoned."""
-        poisoned = state_dict["poisoned"]
-        self._poisoned = None if poisoned is None else (poisoned[0], poisoned[1])
+        epoch, number = state_dict["identity"]
+        self._identity = (epoch, number)
 
 
 class NoDrill:
     """Leaves every batch as it is."""
 
-    def apply(self, step: int, identity: tuple[int, int], content: Any) -> Any:  # noqa: ANN401, ARG002
+    def apply(self, epoch: int, number: int, content: Any) -> Any:  # noqa: ANN401, ARG002
         """Return the content."""
         return content
 

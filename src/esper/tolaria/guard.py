@@ -1,9 +1,14 @@
 """The divergence guard: judges each step between backward pass and optimizer step.
 
 Non-finite values are refused before they reach the weights. A divergence is called by either of two
-rules on the loss: above the median by several median absolute deviations for two steps in a row, or
-above its exponentially weighted average by a quarter for three. While a step is suspicious the
-statistics stand still, so that a spike cannot raise the bar it is measured with.
+rules on the loss. A spike lies far above the median, in median absolute deviations (MAD), for two
+steps in a row. A trend lies a quarter above the exponential average for three, and also clearly
+outside the noise: without that, three unlucky batches in a row would do.
+
+Positive losses are compared by their logarithm. Late in training a loss is small and its noise
+spans factors, not differences; on a linear scale ordinary batches would lie many MADs out. A
+suspicious loss enters the statistics only when the suspicion has proved wrong, so that a divergence
+cannot raise the bar it is measured with, nor ordinary noise be left out of the bar.
 """
 
 import math
@@ -17,9 +22,10 @@ from esper.core.config import GuardConfig
 from esper.leyline import COMMIT, Action, Tier, Verdict
 
 _EWA_DECAY = 0.95
-# The deviation is never taken for smaller than this share of the median: a loss that has become
+# The deviation is never taken for less than this, as a share of the median: a loss that has become
 # almost constant would otherwise call its own rounding a spike.
 _SMALLEST_DEVIATION = 0.01
+_TINY = 1e-30
 
 
 class LossStatistics:
@@ -53,14 +59,19 @@ class LossStatistics:
         """Median of the window."""
         return self._sorted[len(self._sorted) // 2]
 
-    def spike_threshold(self, deviations: float) -> float:
-        """Return the loss that lies ``deviations`` median absolute deviations above the median."""
+    def distance(self, loss: float) -> float:
+        """Return how many median absolute deviations ``loss`` lies above the median."""
         ordered = self._sorted
-        median = ordered[len(ordered) // 2]
-        distances = [value - median if value > median else median - value for value in ordered]
+        if ordered[0] > 0 and loss > 0:
+            center = math.log(ordered[len(ordered) // 2])
+            distances = [abs(math.log(value) - center) for value in ordered]
+            excess, smallest = math.log(loss) - center, _SMALLEST_DEVIATION
+        else:
+            center = ordered[len(ordered) // 2]
+            distances = [abs(value - center) for value in ordered]
+            excess, smallest = loss - center, max(_SMALLEST_DEVIATION * abs(center), _TINY)
         distances.sort()
-        deviation = max(distances[len(distances) // 2], _SMALLEST_DEVIATION * abs(median))
-        return median + deviations * deviation
+        return excess / max(distances[len(distances) // 2], smallest)
 
     def state_dict(self) -> dict[str, Any]:
         """Return window and average."""
@@ -107,6 +118,7 @@ class Guard:
         self._high = 0
         self._not_finite = 0
         self._suspect_since = -1
+        self._doubted: list[float] = []
 
     def judge(self, step: int, loss: float, gradient_norm: float | None = None) -> Verdict:
         """Judge the step that is about to be committed.
@@ -136,6 +148,7 @@ class Guard:
         return {
             "statistics": self.statistics.state_dict(),
             "counters": [self._spikes, self._high, self._not_finite, self._suspect_since],
+            "doubted": self._doubted,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
@@ -143,28 +156,33 @@ class Guard:
         self.statistics.load_state_dict(state_dict["statistics"])
         counters = state_dict["counters"]
         self._spikes, self._high, self._not_finite, self._suspect_since = counters
+        self._doubted = list(state_dict["doubted"])
 
     def _judge_finite(self, step: int, loss: float) -> Verdict:
-        config = self.config
-        threshold = self.statistics.spike_threshold(config.mad_threshold)
-        bar = config.ewa_threshold * self.statistics.average
-        self._spikes = self._spikes + 1 if loss > threshold else 0
-        self._high = self._high + 1 if loss > bar > 0 else 0
+        config, statistics = self.config, self.statistics
+        distance = statistics.distance(loss)
+        self._spikes = self._spikes + 1 if distance > config.spike_deviations else 0
+        high = distance > config.trend_deviations and loss > config.trend_ratio * statistics.average
+        self._high = self._high + 1 if high else 0
         if not self._spikes and not self._high:
+            for doubted in self._doubted:
+                statistics.add(doubted)
             self._clear_suspicion()
-            self.statistics.add(loss)
+            statistics.add(loss)
             self._forget_old_rollbacks(step)
             return COMMIT
+        self._doubted.append(loss)
         if self._suspect_since < 0:
             self._suspect_since = step
         reason = (
-            f"loss {loss:.4g} against a median of {self.statistics.median:.4g} "
-            f"(spike above {threshold:.4g}) and an average of {self.statistics.average:.4g} "
-            f"(high above {bar:.4g})"
+            f"loss {loss:.4g} lies {distance:.3g} MADs above the median of "
+            f"{statistics.median:.4g}; the average is {statistics.average:.4g}"
         )
-        if self._spikes >= config.mad_patience or self._high >= config.ewa_patience:
+        if self._spikes >= config.spike_patience or self._high >= config.trend_patience:
             return self._call_divergence(step, reason)
-        return Verdict(Action.COMMIT, reason, suspicious=True)
+        # One high loss is common and not worth a word; a spike, or a second one, is.
+        worth_telling = self._spikes or self._high > 1
+        return Verdict(Action.COMMIT, reason if worth_telling else "", suspicious=True)
 
     def _judge_not_finite(self, step: int, loss: float, norm: float | None) -> Verdict:
         self._not_finite += 1
@@ -206,6 +224,7 @@ class Guard:
     def _clear_suspicion(self) -> None:
         self._spikes = self._high = self._not_finite = 0
         self._suspect_since = -1
+        self._doubted = []
 
 
 class NullGuard:

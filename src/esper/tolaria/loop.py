@@ -51,7 +51,7 @@ def steps(run: Run) -> Iterator[StepRecord]:
     run.update.clear()
     for batch in run.data:
         step = run.update.progress.step
-        content = run.drill.apply(step, (batch.epoch, batch.number), run.place(batch.content))
+        content = run.drill.apply(batch.epoch, batch.number, run.place(batch.content))
         clock = [fetching - keeping, fetching, now()]
         losses = run.objective.losses(content)
         clock.append(now())

@@ -28,7 +28,7 @@ class Rescue:
         """Remember the step's batch, and carry out whatever its verdict asks for besides."""
         self._recovery.trail.note(step, batch)
         if verdict.action is Action.COMMIT:
-            if verdict.suspicious:
+            if verdict.reason:
                 message = f"step {step}: {verdict.reason}"
                 self._recorder.event("guard_suspicious", message, Level.WARNING, step=step)
         elif verdict.action is Action.SKIP:

@@ -1,0 +1,143 @@
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esper.core.config import GuardConfig
+from esper.leyline import Action, Tier
+from esper.tolaria.guard import Guard, LossStatistics
+
+
+def settled(config: GuardConfig | None = None, loss: float = 1.0) -> Guard:
+    guard = Guard(config)
+    noise = random.Random(0)
+    for step in range(100):
+        assert guard.judge(step, loss * (1 + 0.05 * noise.gauss(0, 1))).action is Action.COMMIT
+    return guard
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_non_finite_loss_is_refused_from_the_first_step_on(bad: float) -> None:
+    verdict = Guard().judge(0, bad)
+    assert verdict.action is Action.SKIP
+    assert verdict.suspicious
+    assert str(bad) in verdict.reason
+
+
+def test_a_non_finite_gradient_is_refused() -> None:
+    assert Guard().judge(0, 1.0, math.nan).action is Action.SKIP
+    assert Guard().judge(0, 1.0, None).action is Action.COMMIT
+
+
+def test_non_finite_steps_in_a_row_roll_back() -> None:
+    guard = settled()
+    actions = [guard.judge(100 + i, math.nan).action for i in range(4)]
+    assert actions == [Action.SKIP] * 3 + [Action.ROLLBACK]
+
+
+def test_one_spike_is_suspicious_and_two_in_a_row_roll_back() -> None:
+    guard = settled()
+    first = guard.judge(100, 50.0)
+    assert first.action is Action.COMMIT
+    assert first.suspicious
+    second = guard.judge(101, 60.0)
+    assert second.action is Action.ROLLBACK
+    assert second.first_suspect == 100
+    assert second.before_step == 100 - GuardConfig().margin
+    assert second.tier is Tier.MEMORY
+    assert second.rate_factor == 1.0
+
+
+def test_a_spike_followed_by_nan_rolls_back_at_once() -> None:
+    guard = settled()
+    guard.judge(100, 50.0)
+    assert guard.judge(101, math.nan).action is Action.ROLLBACK
+
+
+def test_a_lasting_rise_rolls_back_after_three_steps() -> None:
+    guard = settled()
+    actions = [guard.judge(100 + i, 1.28).action for i in range(3)]
+    assert actions == [Action.COMMIT, Action.COMMIT, Action.ROLLBACK]
+
+
+def test_a_spike_that_passes_is_forgotten() -> None:
+    guard = settled()
+    guard.judge(100, 50.0)
+    assert not guard.judge(101, 1.0).suspicious
+    assert not guard.judge(102, 1.0).suspicious
+    assert guard.judge(103, 50.0).action is Action.COMMIT
+
+
+def test_a_divergence_does_not_raise_the_bar() -> None:
+    guard = settled(GuardConfig(spike_patience=50, trend_patience=50))
+    before = guard.statistics.state_dict()
+    for step in range(100, 130):
+        guard.judge(step, 50.0)
+    assert guard.statistics.state_dict() == before
+
+
+def test_each_further_rollback_goes_further_back_and_then_training_halts() -> None:
+    guard = settled()
+    verdicts = []
+    for attempt in range(4):
+        step = 100 + 2 * attempt
+        guard.judge(step, 50.0)
+        verdicts.append(guard.judge(step + 1, 60.0))
+        guard.note_recovered(step + 1)
+    reach = [v.first_suspect - v.before_step for v in verdicts[:3]]
+    assert [v.action for v in verdicts] == [Action.ROLLBACK] * 3 + [Action.HALT]
+    assert reach == [8, 16, 32]
+    assert [v.tier for v in verdicts[:3]] == [Tier.MEMORY, Tier.MEMORY, Tier.DISK]
+    assert [v.rate_factor for v in verdicts[:3]] == [1.0, 0.5, 0.5]
+    assert "max_rollbacks" in verdicts[3].reason
+
+
+def test_a_long_healthy_stretch_restores_the_budget() -> None:
+    guard = settled(GuardConfig(recovery_steps=10))
+    guard.judge(100, 50.0)
+    guard.judge(101, 60.0)
+    guard.note_recovered(101)
+    for step in range(102, 115):
+        guard.judge(step, 1.0)
+    assert guard.history.in_a_row == 0
+
+
+def test_a_saved_guard_judges_as_the_original() -> None:
+    guard = settled()
+    guard.judge(100, 50.0)
+    other = Guard()
+    other.load_state_dict(guard.state_dict())
+    other.history.load_state_dict(guard.history.state_dict())
+    assert other.judge(101, 60.0) == guard.judge(101, 60.0)
+
+
+def test_losses_at_or_below_zero_are_judged_too() -> None:
+    guard = Guard()
+    noise = random.Random(1)
+    for step in range(100):
+        assert guard.judge(step, -3 + 0.1 * noise.gauss(0, 1)).action is Action.COMMIT
+    assert guard.judge(100, 20.0).suspicious
+    assert guard.judge(101, 20.0).action is Action.ROLLBACK
+
+
+def test_a_constant_loss_is_no_divergence() -> None:
+    guard = Guard()
+    assert all(guard.judge(step, 0.0).action is Action.COMMIT for step in range(100))
+
+
+@given(seed=st.integers(0, 10**6), spread=st.sampled_from([0.02, 0.2, 1.0]))
+def test_log_normal_noise_around_a_falling_loss_raises_no_alarm(seed: int, spread: float) -> None:
+    guard, noise = Guard(), random.Random(seed)
+    for step in range(400):
+        loss = (0.01 + 4 * math.exp(-step / 60)) * math.exp(spread * noise.gauss(0, 1))
+        assert guard.judge(step, loss).action is Action.COMMIT
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=200))
+def test_the_window_keeps_its_order(losses: list[float]) -> None:
+    statistics = LossStatistics(window=16)
+    for loss in losses:
+        statistics.add(loss)
+    assert statistics.median == sorted(losses[-16:])[len(losses[-16:]) // 2]
