@@ -29,7 +29,9 @@ class Squares(Dataset[Any]):
         return index * index, torch.rand(1)
 
 
-def loader(source: object, *, epochs: int = 2, seed: int = 3, batch_size: int = 4) -> ResumableLoader:
+def loader(
+    source: object, *, epochs: int = 2, seed: int = 3, batch_size: int = 4
+) -> ResumableLoader:
     plan = plan_data(source, batch_size=batch_size, shuffle=True, role="training")
     return ResumableLoader(plan, seed=seed, epochs=epochs)
 

@@ -141,6 +141,8 @@ class TolariaTrainer:
         run.keeper.keep_first()
         try:
             yield from steps(run)
+            if run.update.progress.step == 0:
+                run.ending.ask(Outcome.HALTED, "every batch was skipped; nothing was learnt")
             run.ending.ask(Outcome.COMPLETED, "all epochs are done")
         except GeneratorExit:
             run.ending.ask(Outcome.STOPPED, "the caller stopped asking for steps")

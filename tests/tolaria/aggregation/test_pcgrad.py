@@ -2,9 +2,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tolaria.aggregation.textbook import textbook_pcgrad
 
 from esper.tolaria.aggregation import PCGrad
+from tolaria.aggregation.textbook import textbook_pcgrad
 
 
 def matrix(tasks: int, size: int, seed: int, scales: list[float]) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """The two tiers of rollback: snapshots in memory, checkpoints on disk."""
 
 from esper.tolaria.rollback.checkpoint import CheckpointInfo, CheckpointReport, CheckpointStore
-
 from esper.tolaria.rollback.snapshot import FastRollbackCache, Snapshot, snapshot_bytes
 
 __all__ = [

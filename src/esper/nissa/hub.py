@@ -1,0 +1,176 @@
+"""The telemetry hub: takes records from the loop and carries them to the sinks beside it."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from esper.leyline import Event, Level, Record, Sink, StepRecord
+
+_DRAIN_INTERVAL_S = 0.2
+
+
+class TelemetryHub:
+    """Hands records to sinks on a thread of its own; a sink can fail or hang without consequence.
+
+    :param sinks: each receives every record, in order. One that has a ``flush()`` is flushed when
+        a batch of records has been written.
+    :param capacity: records that may wait; beyond it the oldest step records are dropped and
+        counted, while epochs and events never are.
+    :param max_failures: failures in a row after which a sink is disabled.
+    """
+
+    def __init__(
+        self, sinks: Sequence[Sink], *, capacity: int = 65536, max_failures: int = 3
+    ) -> None:
+        self.dropped = 0
+        self._outlets = [_Outlet(sink, max_failures) for sink in sinks]
+        self._capacity = capacity
+        self._waiting: deque[Record] = deque()
+        self._emitted = self._delivered = 0
+        self._closing = False
+        self._wake = threading.Event()
+        self._progress = threading.Condition()
+        self._thread = threading.Thread(target=self._serve, name="esper-telemetry", daemon=True)
+        self._thread.start()
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """How often each sink failed, by its class name."""
+        return {outlet.name: outlet.failures for outlet in self._outlets}
+
+    def emit(self, record: Record) -> None:
+        """Take one record. Never blocks and never raises."""
+        self._waiting.append(record)
+        self._emitted += 1
+        if len(self._waiting) > self._capacity:
+            self._shed()
+
+    def flush(self, timeout_s: float = 5.0) -> bool:
+        """Wait until everything emitted so far has reached the sinks.
+
+        :returns: whether it has, within ``timeout_s`` seconds.
+        """
+        target = self._emitted
+        self._wake.set()
+        with self._progress:
+            return self._progress.wait_for(
+                lambda: self._delivered + self.dropped >= target, timeout_s
+            )
+
+    def close(self, timeout_s: float = 5.0) -> bool:
+        """Deliver what is waiting, close the sinks and end the thread.
+
+        :returns: False when a sink still hangs after ``timeout_s`` seconds; it is left behind.
+        """
+        self._closing = True
+        self._wake.set()
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def __enter__(self) -> "TelemetryHub":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _shed(self) -> None:
+        """Drop one step record; when only epochs and events wait, the queue grows instead."""
+        for _ in range(len(self._waiting)):
+            try:
+                oldest = self._waiting.popleft()
+            except IndexError:
+                # The drain thread has just emptied the queue: there is room again.
+                return
+            if isinstance(oldest, StepRecord):
+                self.dropped += 1
+                return
+            self._waiting.append(oldest)
+
+    def _serve(self) -> None:
+        while not self._closing:
+            self._wake.wait(_DRAIN_INTERVAL_S)
+            self._wake.clear()
+            self._drain()
+        self._drain()
+        for outlet in self._outlets:
+            outlet.close()
+
+    def _drain(self) -> None:
+        batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        if not batch:
+            return
+        for outlet in self._outlets:
+            outlet.deliver(batch)
+            if outlet.newly_disabled:
+                self.emit(outlet.disabled_event())
+        with self._progress:
+            self._delivered += len(batch)
+            self._progress.notify_all()
+
+
+class NullHub:
+    """Takes records and forgets them."""
+
+    dropped = 0
+
+    def emit(self, record: Record) -> None:
+        """Do nothing."""
+
+    def flush(self, timeout_s: float = 5.0) -> bool:  # noqa: ARG002 - TelemetryHub's signature
+        """Do nothing."""
+        return True
+
+    def close(self, timeout_s: float = 5.0) -> bool:  # noqa: ARG002 - TelemetryHub's signature
+        """Do nothing."""
+        return True
+
+
+class _Outlet:
+    """One sink, with its failures counted and contained."""
+
+    def __init__(self, sink: Sink, max_failures: int) -> None:
+        self.name = type(sink).__name__
+        self.failures = 0
+        self.newly_disabled = False
+        self._sink = sink
+        self._in_a_row = 0
+        self._max_failures = max_failures
+        self._enabled = True
+        self._last_error = ""
+
+    def deliver(self, batch: list[Record]) -> None:
+        for record in batch:
+            if not self._enabled:
+                return
+            self._attempt(self._sink.write, record)
+        flush = getattr(self._sink, "flush", None)
+        if flush is not None and self._enabled:
+            self._attempt(flush)
+
+    def close(self) -> None:
+        self._attempt(self._sink.close)
+
+    def disabled_event(self) -> Event:
+        self.newly_disabled = False
+        return Event(
+            name="sink_disabled",
+            time=time.time(),
+            message=f"{self.name} failed {self._in_a_row} times in a row and is disabled: "
+            f"{self._last_error}",
+            level=Level.WARNING,
+            data={"sink": self.name, "error": self._last_error, "failures": self.failures},
+        )
+
+    def _attempt(self, action: Callable[..., object], *arguments: Record) -> None:
+        try:
+            action(*arguments)
+        except Exception as error:  # noqa: BLE001 - a sink may fail in any way; it is counted
+            self.failures += 1
+            self._in_a_row += 1
+            self._last_error = f"{type(error).__name__}: {error}"
+            if self._in_a_row >= self._max_failures and self._enabled:
+                self._enabled = False
+                self.newly_disabled = True
+        else:
+            self._in_a_row = 0

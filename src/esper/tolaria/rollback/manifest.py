@@ -1,0 +1,93 @@
+"""What a checkpoint says about itself, and whether that is true."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import xxhash
+
+from esper.leyline import CheckpointError
+from esper.tolaria.rollback.durable import digest_file, synced_file
+
+FORMAT = 1
+NAME = "MANIFEST.json"
+
+
+class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Size in bytes and xxh3-128 digest of one file."""
+
+    size: int
+    xxh3_128: str
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The content of ``MANIFEST.json``.
+
+    :param step: steps taken in the state.
+    :param healthy: whether the divergence guard had no doubt about it.
+    :param created: seconds since the Unix epoch.
+    :param files: the other files of the checkpoint, by name.
+    :param tensors: xxh3-128 digest of each tensor's bytes, by name.
+    :param format: version of the layout.
+    :param digest: xxh3-128 digest of this manifest with an empty digest.
+    """
+
+    step: int
+    healthy: bool
+    created: float
+    files: dict[str, FileEntry]
+    tensors: dict[str, str]
+    format: int = FORMAT
+    digest: str = ""
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write the manifest, digest included; this is what completes a checkpoint."""
+    sealed = msgspec.structs.replace(manifest, digest=_digest(manifest))
+    with synced_file(directory / NAME) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(sealed), indent=1))
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check the manifest itself.
+
+    :raises CheckpointError: it is missing, damaged, or of an unknown format.
+    """
+    path = directory / NAME
+    try:
+        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if manifest.format != FORMAT:
+        raise CheckpointError(f"{path} has format {manifest.format}; this Esper reads {FORMAT}")
+    if manifest.digest != _digest(manifest):
+        raise CheckpointError(f"{path} does not match its own digest")
+    return manifest
+
+
+def verify_files(directory: Path, manifest: Manifest) -> None:
+    """Check the size and digest of every file that the manifest names.
+
+    :raises CheckpointError: naming the first file that differs.
+    """
+    for name, entry in manifest.files.items():
+        path = directory / name
+        try:
+            size = path.stat().st_size
+            digest = digest_file(path) if size == entry.size else ""
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        if size != entry.size:
+            raise CheckpointError(f"{path} has {size} bytes instead of {entry.size}")
+        if digest != entry.xxh3_128:
+            raise CheckpointError(f"{path} does not match its digest")
+
+
+def entry_of(path: Path) -> FileEntry:
+    """Return size and digest of a file as it stands."""
+    return FileEntry(path.stat().st_size, digest_file(path))
+
+
+def _digest(manifest: Manifest) -> str:
+    bare: Any = msgspec.structs.replace(manifest, digest="")
+    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(bare))
