@@ -62,12 +62,31 @@ def test_a_lasting_rise_rolls_back_after_three_steps() -> None:
     assert actions == [Action.COMMIT, Action.COMMIT, Action.ROLLBACK]
 
 
-def test_a_spike_that_passes_is_forgotten() -> None:
+def test_a_spike_stays_in_mind_until_the_loss_has_been_calm_for_a_while() -> None:
     guard = settled()
     guard.judge(100, 50.0)
-    assert not guard.judge(101, 1.0).suspicious
-    assert not guard.judge(102, 1.0).suspicious
-    assert guard.judge(103, 50.0).action is Action.COMMIT
+    calm = [guard.judge(101 + i, 1.0) for i in range(8)]
+    assert [verdict.suspicious for verdict in calm] == [True] * 7 + [False]
+    assert all(verdict.action is Action.COMMIT for verdict in calm)
+
+
+def test_damage_that_shows_late_is_traced_to_the_first_spike() -> None:
+    guard = settled()
+    guard.judge(100, 500.0)
+    guard.judge(101, 1.0)
+    guard.judge(102, 7.0)
+    verdict = guard.judge(103, 7.0)
+    assert verdict.action is Action.ROLLBACK
+    assert verdict.first_suspect == 100
+
+
+def test_one_giant_loss_does_not_blind_the_trend_rule() -> None:
+    guard = settled()
+    before = guard.statistics.average
+    guard.judge(100, 1e6)
+    for step in range(101, 120):
+        guard.judge(step, 1.0)
+    assert guard.statistics.average < 1.1 * before
 
 
 def test_a_divergence_does_not_raise_the_bar() -> None:

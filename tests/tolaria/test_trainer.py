@@ -247,18 +247,18 @@ def test_a_nan_batch_is_skipped_and_counted() -> None:
 
 
 def test_a_failing_loss_ends_the_run_as_failed() -> None:
-    class Broken(Exception):
+    class BrokenError(Exception):
         pass
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        raise Broken
+        raise BrokenError
 
     memory = Memory()
     trainer = TolariaTrainer.from_job(two_task_job(loss=loss), config=config(), sinks=[memory])
-    with pytest.raises(Broken):
+    with pytest.raises(BrokenError):
         list(trainer.run())
     assert trainer.outcome == "failed"
-    assert memory.events("run_ended")[0].data["error"].startswith("Broken")
+    assert memory.events("run_ended")[0].data["error"].startswith("BrokenError")
 
 
 @pytest.mark.parametrize(

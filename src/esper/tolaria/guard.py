@@ -26,6 +26,7 @@ _EWA_DECAY = 0.95
 # almost constant would otherwise call its own rounding a spike.
 _SMALLEST_DEVIATION = 0.01
 _TINY = 1e-30
+_ON_PROBATION = Verdict(Action.COMMIT, suspicious=True)
 
 
 class LossStatistics:
@@ -42,8 +43,11 @@ class LossStatistics:
     def __len__(self) -> int:
         return len(self._recent)
 
-    def add(self, loss: float) -> None:
-        """Take in one healthy, finite loss."""
+    def add(self, loss: float, ceiling: float = math.inf) -> None:
+        """Take in one finite loss.
+
+        :param ceiling: the average counts it for no more than this: one giant loss would blind it.
+        """
         if len(self._recent) == self._recent.maxlen:
             oldest = self._recent.popleft()
             del self._sorted[bisect_left(self._sorted, oldest)]
@@ -52,7 +56,7 @@ class LossStatistics:
         if math.isnan(self.average):
             self.average = loss
         else:
-            self.average = _EWA_DECAY * self.average + (1 - _EWA_DECAY) * loss
+            self.average = _EWA_DECAY * self.average + (1 - _EWA_DECAY) * min(loss, ceiling)
 
     @property
     def median(self) -> float:
@@ -117,6 +121,7 @@ class Guard:
         self._spikes = 0
         self._high = 0
         self._not_finite = 0
+        self._calm = 0
         self._suspect_since = -1
         self._doubted: list[float] = []
 
@@ -147,15 +152,16 @@ class Guard:
         """Return the statistics and counters, the recovery history aside."""
         return {
             "statistics": self.statistics.state_dict(),
-            "counters": [self._spikes, self._high, self._not_finite, self._suspect_since],
+            "in_a_row": [self._spikes, self._high, self._not_finite, self._calm],
+            "suspect_since": self._suspect_since,
             "doubted": self._doubted,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
         """Continue from :meth:`state_dict`."""
         self.statistics.load_state_dict(state_dict["statistics"])
-        counters = state_dict["counters"]
-        self._spikes, self._high, self._not_finite, self._suspect_since = counters
+        self._spikes, self._high, self._not_finite, self._calm = state_dict["in_a_row"]
+        self._suspect_since = state_dict["suspect_since"]
         self._doubted = list(state_dict["doubted"])
 
     def _judge_finite(self, step: int, loss: float) -> Verdict:
@@ -165,12 +171,9 @@ class Guard:
         high = distance > config.trend_deviations and loss > config.trend_ratio * statistics.average
         self._high = self._high + 1 if high else 0
         if not self._spikes and not self._high:
-            for doubted in self._doubted:
-                statistics.add(doubted)
-            self._clear_suspicion()
             statistics.add(loss)
-            self._forget_old_rollbacks(step)
-            return COMMIT
+            return self._commit_calm(step)
+        self._calm = 0
         self._doubted.append(loss)
         if self._suspect_since < 0:
             self._suspect_since = step
@@ -183,6 +186,20 @@ class Guard:
         # One high loss is common and not worth a word; a spike, or a second one, is.
         worth_telling = self._spikes or self._high > 1
         return Verdict(Action.COMMIT, reason if worth_telling else "", suspicious=True)
+
+    def _commit_calm(self, step: int) -> Verdict:
+        self._forget_old_rollbacks(step)
+        if self._suspect_since < 0:
+            return COMMIT
+        # A bad update may show only some steps later: the suspicion lasts until the loss has been
+        # calm for a while, so that a rollback then still goes back before its cause.
+        self._calm += 1
+        if self._calm < self.config.margin:
+            return _ON_PROBATION
+        for doubted in self._doubted:
+            self.statistics.add(doubted, ceiling=self.config.trend_ratio * self.statistics.average)
+        self._clear_suspicion()
+        return COMMIT
 
     def _judge_not_finite(self, step: int, loss: float, norm: float | None) -> Verdict:
         self._not_finite += 1
@@ -222,7 +239,7 @@ class Guard:
             history.in_a_row = 0
 
     def _clear_suspicion(self) -> None:
-        self._spikes = self._high = self._not_finite = 0
+        self._spikes = self._high = self._not_finite = self._calm = 0
         self._suspect_since = -1
         self._doubted = []
 

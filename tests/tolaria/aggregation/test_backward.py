@@ -85,7 +85,8 @@ def test_two_parameters_with_one_gradient_tensor_stay_apart() -> None:
     shared = nn.Parameter(torch.ones(4))
     losses = {"a": ((first + second) * 3).sum() + shared.sum(), "b": shared.sum()}
     backward(losses, [first, second, shared], Sum())
-    assert first.grad is not None and second.grad is not None
+    assert first.grad is not None
+    assert second.grad is not None
     first.grad.mul_(2)
     assert second.grad.tolist() == [3.0] * 4
 
