@@ -1,6 +1,7 @@
 """The two tiers of rollback: snapshots in memory, checkpoints on disk."""
 
 from esper.tolaria.rollback.checkpoint import CheckpointInfo, CheckpointReport, CheckpointStore
+from esper.tolaria.rollback.durable import is_locked
 from esper.tolaria.rollback.snapshot import FastRollbackCache, Snapshot, snapshot_bytes
 
 __all__ = [
@@ -9,5 +10,6 @@ __all__ = [
     "CheckpointStore",
     "FastRollbackCache",
     "Snapshot",
+    "is_locked",
     "snapshot_bytes",
 ]

@@ -1,0 +1,142 @@
+"""The ``esper`` command and what it can do."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from esper._version import __version__
+from esper.cli.errors import guarded
+from esper.cli.options import ConfigOption, DebugOption, RunsOption, SetOption
+
+app = typer.Typer(
+    name="esper",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train PyTorch models that change while they train, and never lose a run.",
+    epilog="Start with [bold]esper train[/]: it needs nothing but a minute.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
+app.add_typer(config_app, name="config")
+
+_TRAIN_EPILOG = """[bold]Examples[/]
+
+esper train                                   the built-in job, with a fire drill
+
+esper train my_module:build --epochs 20       your own model
+
+esper train --set guard.margin=16             any setting; see esper config show
+
+esper train --resume runs/20261124-101500-digits
+"""
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Show versions and exit.")] = False,
+) -> None:
+    """Train PyTorch models that change while they train, and never lose a run."""
+    if version:
+        import platform
+        from importlib.metadata import version as version_of
+
+        typer.echo(
+            f"esper {__version__} (torch {version_of('torch')}, python {platform.python_version()})"
+        )
+        raise typer.Exit
+
+
+@app.command(epilog=_TRAIN_EPILOG)
+def train(
+    target: Annotated[
+        str | None,
+        typer.Argument(help="module:function that returns a TrainingJob.", show_default=False),
+    ] = None,
+    config: ConfigOption = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training data.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of data order and weights.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, auto.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of torch.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the run.")] = None,
+    runs: RunsOption = None,
+    assignments: SetOption = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Continue a run, to the bit.", metavar="RUN")
+    ] = None,
+    drill: Annotated[
+        bool | None,
+        typer.Option("--drill/--no-drill", help="Inject one divergence, to watch it taken back."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train a model, guarded against divergence, and write a report.
+
+    Without TARGET it trains the built-in job: two overlaid handwritten digits, read by one network
+    with two heads. Ctrl-C finishes the step, saves and stops; --resume continues from there.
+    """
+    from esper.cli.train import TrainRequest, run_training
+
+    flags = {
+        "run.target": (target, "TARGET"),
+        "train.epochs": (epochs, "--epochs"),
+        "train.seed": (seed, "--seed"),
+        "train.device": (device, "--device"),
+        "train.threads": (threads, "--threads"),
+        "run.name": (name, "--name"),
+        "run.directory": (runs, "--runs"),
+        "run.drill": (drill, "--drill" if drill else "--no-drill"),
+    }
+    request = TrainRequest(config, flags, assignments or [], resume, quiet)
+    sys.exit(guarded(lambda: run_training(request), debug=debug))
+
+
+@app.command(epilog="[bold]Example[/]: esper report runs/20261124-101500-digits")
+def report(
+    run: Annotated[str, typer.Argument(help="Path of a run, or its name.")],
+    runs: RunsOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Write report.html of a run anew, also while it is still running."""
+    from esper.cli.report import rebuild_report
+
+    sys.exit(guarded(lambda: rebuild_report(run, runs), debug=debug))
+
+
+@app.command(name="runs", epilog="[bold]Example[/]: esper runs --runs experiments")
+def list_all_runs(runs: RunsOption = None, debug: DebugOption = False) -> None:
+    """List the runs with what became of them, newest first."""
+    from esper.cli.runs import show_runs
+
+    sys.exit(guarded(lambda: show_runs(runs), debug=debug))
+
+
+@app.command(epilog="[bold]Example[/]: esper doctor --runs /data/runs")
+def doctor(runs: RunsOption = None, debug: DebugOption = False) -> None:
+    """Examine this machine: versions, devices, memory and disk; what will work and what won't."""
+    from esper.cli.doctor import examine
+
+    sys.exit(guarded(lambda: examine(runs), debug=debug))
+
+
+@config_app.command("show", epilog="[bold]Example[/]: esper config show --set train.epochs=3")
+def config_show(
+    config: ConfigOption = None,
+    assignments: SetOption = None,
+    toml: Annotated[bool, typer.Option("--toml", help="Print TOML, to start a file with.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show every setting, its value, and where the value came from.
+
+    In rising order: defaults, esper.toml, .env, ESPER_... variables, flags.
+    """
+    from esper.cli.config import show_config
+
+    sys.exit(guarded(lambda: show_config(config, assignments, as_toml=toml), debug=debug))
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,143 @@
+"""Run directories: made, found by name, and read for their outcome."""
+
+import difflib
+import os
+import tomllib
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from esper.core.settings import EsperSettings, to_toml
+from esper.leyline import Event, RunError, SystemState
+from esper.nissa import read_records
+
+CONFIG = "config.toml"
+EVENTS = "events.jsonl"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a list of runs shows.
+
+    :param outcome: of the last attempt; ``running`` only while its writer lives, and
+        ``interrupted`` when it ended without a word.
+    :param steps: steps taken; None when no ending and no epoch was recorded.
+    """
+
+    name: str
+    job: str
+    started: datetime | None
+    outcome: str
+    steps: int | None
+    rollbacks: int
+    validation: dict[str, float]
+
+
+def create_run(settings: EsperSettings, job_name: str) -> Path:
+    """Make the directory of a new run and write its configuration.
+
+    :raises RunError: the directory cannot be made.
+    """
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    wanted = settings.run.name or f"{stamp}-{job_name}"
+    try:
+        path = _make_unique(settings.run.directory, wanted)
+        temporary = path / f"{CONFIG}.tmp"
+        temporary.write_text(to_toml(settings), encoding="utf-8")
+        temporary.replace(path / CONFIG)
+    except OSError as error:
+        raise RunError(
+            f"cannot make a run directory in {settings.run.directory}: {error}"
+        ) from error
+    return path
+
+
+def find_run(reference: str, runs: Path) -> Path:
+    """Return the directory of a run.
+
+    :param reference: a path, or a name below ``runs``.
+    :raises RunError: there is no such run, naming the nearest.
+    """
+    for candidate in (Path(reference), runs / reference):
+        if (candidate / CONFIG).is_file():
+            return candidate
+    names = [path.name for path in list_runs(runs)]
+    nearest = difflib.get_close_matches(reference, names, n=1, cutoff=0.3)
+    hint = f"did you mean {nearest[0]}?" if nearest else f"'esper runs --runs {runs}' lists them"
+    raise RunError(f"there is no run {reference!r} in {runs}; {hint}")
+
+
+def list_runs(runs: Path) -> list[Path]:
+    """Return the run directories below ``runs``, newest first."""
+    if not runs.is_dir():
+        return []
+    found = [path for path in runs.iterdir() if (path / CONFIG).is_file()]
+    return sorted(found, key=lambda path: (path / CONFIG).stat().st_mtime, reverse=True)
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """Return the saved configuration by section.
+
+    :raises RunError: it cannot be read.
+    """
+    try:
+        return tomllib.loads((run / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise RunError(f"{run / CONFIG} cannot be read: {error}") from error
+
+
+def summarise(run: Path) -> RunSummary:
+    """Read the outcome of a run from its events.
+
+    :raises RunError: the events are damaged.
+    """
+    started: Event | None = None
+    ended: Event | None = None
+    epoch: SystemState | None = None
+    if (run / EVENTS).is_file():
+        for record in read_records(run / EVENTS):
+            if isinstance(record, SystemState):
+                epoch = record
+            elif isinstance(record, Event) and record.name == "run_started":
+                started, ended = record, None
+            elif isinstance(record, Event) and record.name == "run_ended":
+                ended = record
+    last = epoch.validation if epoch is not None else {}
+    return RunSummary(
+        name=run.name,
+        job=str(started.data["job"]) if started else "-",
+        started=datetime.fromtimestamp(started.time, UTC) if started else None,
+        outcome=_outcome(run, ended),
+        steps=ended.data["steps"] if ended else (epoch.step if epoch else None),
+        rollbacks=ended.data["rollbacks"] if ended else (epoch.rollbacks if epoch else 0),
+        validation=(ended.data["validation"] or last) if ended else last,
+    )
+
+
+def _outcome(run: Path, ended: Event | None) -> str:
+    if ended is not None:
+        return str(ended.data["outcome"])
+    from esper.tolaria.rollback import is_locked
+
+    return "running" if is_locked(run / "checkpoints") else "interrupted"
+
+
+def _make_unique(directory: Path, name: str) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    for attempt in range(1, 1000):
+        path = directory / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        return path
+    raise RunError(f"{directory} holds a thousand runs named {name}; choose another name")
+
+
+def is_writable(path: Path) -> bool:
+    """Whether files can be made in a directory, or in the nearest one above it that exists."""
+    existing = path
+    while not existing.exists():
+        existing = existing.parent
+    return os.access(existing, os.W_OK)

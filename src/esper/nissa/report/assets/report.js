@@ -1,0 +1,129 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const root = document.documentElement;
+  const plots = new Map();
+  const logarithmic = new Set();
+  const HEIGHT = 250;
+
+  const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+  const seriesColour = (series) => colour(series.kind === "lost" ? "--red" : `--c${series.colour % 6}`);
+
+  const format = (value) => {
+    if (value === null || value === undefined) return "–";
+    const size = Math.abs(value);
+    return size !== 0 && (size < 1e-3 || size >= 1e6) ? value.toExponential(2) : String(Number(value.toPrecision(4)));
+  };
+
+  // Rollbacks are shaded over the steps they took back; injected faults get a line of their own.
+  function drawMarks(plot) {
+    const { ctx, bbox } = plot;
+    const ratio = devicePixelRatio;
+    const at = (step) => plot.valToPos(step, "x", true);
+    ctx.save();
+    ctx.beginPath();
+    ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
+    ctx.clip();
+    ctx.font = `${11 * ratio}px system-ui, sans-serif`;
+    data.marks.forEach((mark, index) => {
+      const rollback = mark.kind === "rollback";
+      const x = at(rollback ? mark.from : mark.at);
+      if (rollback) {
+        ctx.fillStyle = colour("--red-wash");
+        ctx.fillRect(at(mark.to), bbox.top, Math.max(x - at(mark.to), 2 * ratio), bbox.height);
+      }
+      ctx.strokeStyle = ctx.fillStyle = colour(rollback ? "--red" : "--amber");
+      ctx.lineWidth = ratio;
+      ctx.setLineDash(rollback ? [] : [4 * ratio, 4 * ratio]);
+      ctx.beginPath();
+      ctx.moveTo(x, bbox.top);
+      ctx.lineTo(x, bbox.top + bbox.height);
+      ctx.stroke();
+      const width = ctx.measureText(mark.label).width;
+      const right = x + width + 8 * ratio > bbox.left + bbox.width || !rollback;
+      const left = right ? x - width - 5 * ratio : x + 5 * ratio;
+      ctx.fillText(mark.label, left, bbox.top + (14 + 13 * (index % 3)) * ratio);
+    });
+    ctx.restore();
+  }
+
+  function seriesOptions(series) {
+    const stroke = seriesColour(series);
+    const options = {
+      label: series.kind === "faint" ? `${series.label}, each step` : series.label,
+      stroke, width: 2, spanGaps: false, points: { show: series.kind === "points", size: 6 },
+      value: (_, value) => format(value),
+    };
+    if (series.kind === "faint") { options.stroke = `${stroke}55`; options.width = 1; }
+    if (series.kind === "lost") { options.dash = [5, 4]; options.width = 1.5; }
+    return options;
+  }
+
+  function axis(extra) {
+    return {
+      stroke: colour("--soft"), font: "12px system-ui, sans-serif",
+      grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line"), width: 1 }, ...extra,
+    };
+  }
+
+  function options(chart, width) {
+    const log = logarithmic.has(chart.key);
+    return {
+      width, height: HEIGHT,
+      cursor: { sync: { key: "steps" }, drag: { x: true, y: false } },
+      scales: { x: { time: false }, y: { distr: log ? 3 : 1 } },
+      axes: [axis({}), axis({ size: 62, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : format(tick))) })],
+      series: [{ label: "step" }, ...chart.series.map(seriesOptions)],
+      hooks: { draw: [drawMarks] },
+    };
+  }
+
+  // A logarithmic axis has no place for zero and below: such points become gaps.
+  const columns = (chart) => [
+    chart.x,
+    ...chart.series.map((series) =>
+      logarithmic.has(chart.key) ? series.values.map((value) => (value > 0 ? value : null)) : series.values),
+  ];
+
+  function draw(chart) {
+    const host = document.getElementById(`chart-${chart.key}`);
+    const previous = plots.get(chart.key);
+    if (previous) previous.destroy();
+    plots.set(chart.key, new uPlot(options(chart, host.clientWidth), columns(chart), host));
+  }
+
+  const drawAll = () => data.charts.forEach(draw);
+
+  function useTheme(theme) {
+    root.dataset.theme = theme;
+    drawAll();
+  }
+
+  document.getElementById("theme").addEventListener("click", () =>
+    useTheme(root.dataset.theme === "dark" ? "light" : "dark"));
+  document.querySelectorAll("button[data-log]").forEach((button) =>
+    button.addEventListener("click", () => {
+      const key = button.dataset.log;
+      const on = !logarithmic.has(key);
+      if (on) logarithmic.add(key); else logarithmic.delete(key);
+      button.setAttribute("aria-pressed", String(on));
+      draw(data.charts.find((chart) => chart.key === key));
+    }));
+  document.getElementById("routine").addEventListener("change", (event) =>
+    document.querySelector("table.events").classList.toggle("all", event.target.checked));
+
+  let pending = 0;
+  new ResizeObserver(() => {
+    cancelAnimationFrame(pending);
+    pending = requestAnimationFrame(() => data.charts.forEach((chart) => {
+      const width = document.getElementById(`chart-${chart.key}`).clientWidth;
+      const plot = plots.get(chart.key);
+      if (plot && plot.width !== width) plot.setSize({ width, height: HEIGHT });
+    }));
+  }).observe(document.querySelector(".charts"));
+
+  const loss = document.querySelector('button[data-log="loss"]');
+  if (loss) { logarithmic.add("loss"); loss.setAttribute("aria-pressed", "true"); }
+  useTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+  document.body.dataset.ready = "true";
+})();
