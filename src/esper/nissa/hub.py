@@ -93,6 +93,7 @@ class TelemetryHub:
             self._wake.clear()
             self._drain()
         self._drain()
+        self._drain()  # what the sinks complained of in the round before
         for outlet in self._outlets:
             outlet.close()
 
@@ -102,8 +103,8 @@ class TelemetryHub:
             return
         for outlet in self._outlets:
             outlet.deliver(batch)
-            if outlet.newly_disabled:
-                self.emit(outlet.disabled_event())
+            for event in outlet.take_complaints():
+                self.emit(event)
         with self._progress:
             self._delivered += len(batch)
             self._progress.notify_all()
@@ -132,12 +133,11 @@ class _Outlet:
     def __init__(self, sink: Sink, max_failures: int) -> None:
         self.name = type(sink).__name__
         self.failures = 0
-        self.newly_disabled = False
+        self._complaints: list[Event] = []
         self._sink = sink
         self._in_a_row = 0
         self._max_failures = max_failures
         self._enabled = True
-        self._last_error = ""
 
     def deliver(self, batch: list[Record]) -> None:
         for record in batch:
@@ -151,16 +151,10 @@ class _Outlet:
     def close(self) -> None:
         self._attempt(self._sink.close)
 
-    def disabled_event(self) -> Event:
-        self.newly_disabled = False
-        return Event(
-            name="sink_disabled",
-            time=time.time(),
-            message=f"{self.name} failed {self._in_a_row} times in a row and is disabled: "
-            f"{self._last_error}",
-            level=Level.WARNING,
-            data={"sink": self.name, "error": self._last_error, "failures": self.failures},
-        )
+    def take_complaints(self) -> list[Event]:
+        """Return what the other sinks should be told about this one."""
+        complaints, self._complaints = self._complaints, []
+        return complaints
 
     def _attempt(self, action: Callable[..., object], *arguments: Record) -> None:
         try:
@@ -168,9 +162,24 @@ class _Outlet:
         except Exception as error:  # noqa: BLE001 - a sink may fail in any way; it is counted
             self.failures += 1
             self._in_a_row += 1
-            self._last_error = f"{type(error).__name__}: {error}"
-            if self._in_a_row >= self._max_failures and self._enabled:
-                self._enabled = False
-                self.newly_disabled = True
+            self._complain(f"{type(error).__name__}: {error}")
         else:
             self._in_a_row = 0
+
+    def _complain(self, error: str) -> None:
+        if self._in_a_row >= self._max_failures and self._enabled:
+            self._enabled = False
+            name, what = "sink_disabled", f"failed {self._in_a_row} times in a row and is disabled"
+        elif self._in_a_row == 1:
+            name, what = "sink_failed", "failed"
+        else:
+            return
+        self._complaints.append(
+            Event(
+                name=name,
+                time=time.time(),
+                message=f"{self.name} {what}: {error}",
+                level=Level.WARNING,
+                data={"sink": self.name, "error": error, "failures": self.failures},
+            )
+        )

@@ -201,7 +201,7 @@ class TolariaTrainer:
             drill=self._surroundings.drill,
             versions={
                 "esper": __version__,
-                "torch": torch.__version__,
+                "torch": str(torch.__version__),
                 "python": platform.python_version(),
             },
         )

@@ -25,6 +25,7 @@
     ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
     ctx.clip();
     ctx.font = `${11 * ratio}px system-ui, sans-serif`;
+    ctx.textAlign = "left";
     data.marks.forEach((mark, index) => {
       const rollback = mark.kind === "rollback";
       const x = at(rollback ? mark.from : mark.at);
@@ -54,16 +55,17 @@
       stroke, width: 2, spanGaps: false, points: { show: series.kind === "points", size: 6 },
       value: (_, value) => format(value),
     };
-    if (series.kind === "faint") { options.stroke = `${stroke}55`; options.width = 1; }
-    if (series.kind === "lost") { options.dash = [5, 4]; options.width = 1.5; }
+    if (series.kind === "faint") { options.stroke = `${stroke}55`; options.width = 1; options.class = "unlisted"; }
+    if (series.kind === "lost") { options.dash = [5, 4]; options.width = 1.5; options.class = "lost"; }
     return options;
   }
 
-  function axis(extra) {
-    return {
-      stroke: colour("--soft"), font: "12px system-ui, sans-serif",
-      grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line"), width: 1 }, ...extra,
-    };
+  const isPowerOfTen = (value) => Math.abs(Math.log10(value) - Math.round(Math.log10(value))) < 1e-9;
+  const powersOfTen = (_, splits) => splits.map((value) => (isPowerOfTen(value) ? value : null));
+
+  function axis(log, extra) {
+    const line = { stroke: colour("--line"), width: 1, ...(log ? { filter: powersOfTen } : {}) };
+    return { stroke: colour("--soft"), font: "12px system-ui, sans-serif", grid: line, ticks: line, ...extra };
   }
 
   function options(chart, width) {
@@ -72,7 +74,7 @@
       width, height: HEIGHT,
       cursor: { sync: { key: "steps" }, drag: { x: true, y: false } },
       scales: { x: { time: false }, y: { distr: log ? 3 : 1 } },
-      axes: [axis({}), axis({ size: 62, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : format(tick))) })],
+      axes: [axis(false, {}), axis(log, { size: 62, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : format(tick))) })],
       series: [{ label: "step" }, ...chart.series.map(seriesOptions)],
       hooks: { draw: [drawMarks] },
     };
@@ -122,8 +124,10 @@
     }));
   }).observe(document.querySelector(".charts"));
 
-  const loss = document.querySelector('button[data-log="loss"]');
-  if (loss) { logarithmic.add("loss"); loss.setAttribute("aria-pressed", "true"); }
+  document.querySelectorAll("button[data-log]").forEach((button) => {
+    logarithmic.add(button.dataset.log);
+    button.setAttribute("aria-pressed", "true");
+  });
   useTheme(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
   document.body.dataset.ready = "true";
 })();
