@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from esper.core.settings import EsperSettings, to_toml
-from esper.leyline import Event, RunError, SystemState
+from esper.leyline import RunError
 from esper.nissa import read_records
+from esper.nissa.report import Story
 
 CONFIG = "config.toml"
 EVENTS = "events.jsonl"
@@ -92,35 +93,26 @@ def summarise(run: Path) -> RunSummary:
 
     :raises RunError: the events are damaged.
     """
-    started: Event | None = None
-    ended: Event | None = None
-    epoch: SystemState | None = None
-    if (run / EVENTS).is_file():
-        for record in read_records(run / EVENTS):
-            if isinstance(record, SystemState):
-                epoch = record
-            elif isinstance(record, Event) and record.name == "run_started":
-                started, ended = record, None
-            elif isinstance(record, Event) and record.name == "run_ended":
-                ended = record
-    last = epoch.validation if epoch is not None else {}
+    story = Story.of(read_records(run / EVENTS)) if (run / EVENTS).is_file() else Story()
+    started, last = story.started, story.epochs[-1] if story.epochs else None
+    ended = story.ended.data if story.ended is not None else {}
     return RunSummary(
         name=run.name,
         job=str(started.data["job"]) if started else "-",
         started=datetime.fromtimestamp(started.time, UTC) if started else None,
-        outcome=_outcome(run, ended),
-        steps=ended.data["steps"] if ended else (epoch.step if epoch else None),
-        rollbacks=ended.data["rollbacks"] if ended else (epoch.rollbacks if epoch else 0),
-        validation=(ended.data["validation"] or last) if ended else last,
+        outcome=_outcome(run, story),
+        steps=ended.get("steps", last.step if last else None),
+        rollbacks=ended.get("rollbacks", len(story.named("rollback"))),
+        validation=story.validation,
     )
 
 
-def _outcome(run: Path, ended: Event | None) -> str:
-    if ended is not None:
-        return str(ended.data["outcome"])
+def _outcome(run: Path, story: Story) -> str:
+    if story.ended is not None:
+        return story.outcome
     from esper.tolaria.rollback import is_locked
 
-    return "running" if is_locked(run / "checkpoints") else "interrupted"
+    return "running" if is_locked(run / "checkpoints") else story.outcome
 
 
 def _make_unique(directory: Path, name: str) -> Path:

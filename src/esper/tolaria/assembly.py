@@ -116,7 +116,29 @@ def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings
         keeper=Keeper(state, update.progress, _schedules(config, tiers, recorder)),
         ending=ending,
     )
-    return Assembly(run, state, hub, tiers, companions, log, plan, validation)
+    parts = Assembly(run, state, hub, tiers, companions, log, plan, validation)
+    _register_state(parts, recovery)
+    return parts
+
+
+def _register_state(parts: Assembly, recovery: Recovery) -> None:
+    """Make every part that has a memory of its own part of the training state."""
+    run = parts.run
+    components: dict[str, Stateful] = {
+        "progress": run.update.progress,
+        "data": run.data,
+        "guard": run.guard,
+        "guard_history": run.guard.history,
+        "recovery": parts.log,
+        "trail": recovery.trail,
+        "meter": run.recorder.meter,
+        "companions": parts.companions,
+        "drill": run.drill,
+    }
+    for name, component in components.items():
+        parts.state.add(name, component)
+    if isinstance(parts.companions, Companions):
+        parts.companions.on_model_change = parts.state.refresh
 
 
 def _objective(job: TrainingJob, config: TolariaConfig) -> Objective:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from esper.leyline import DataError
+from esper.tolaria.batch_tree import map_tensors
 
 SCALE = 30.0
 # Far enough into the run for the guard to be armed and a trusted snapshot to exist.
@@ -68,27 +69,19 @@ def poison(content: Any) -> Any:  # noqa: ANN401 - the user's batch
 
     :raises DataError: there is no floating-point tensor in it.
     """
-    poisoned, found = _poison(content)
-    if not found:
+    poisoned = 0
+
+    def spoil(tensor: Tensor) -> Tensor:
+        nonlocal poisoned
+        if not tensor.is_floating_point():
+            return tensor
+        poisoned += 1
+        return torch.roll(tensor, 1, dims=0) * -SCALE
+
+    spoilt = map_tensors(content, spoil)
+    if not poisoned:
         raise DataError(
             "the drill found no floating-point tensor in the batch to poison; "
             "use --no-drill for this job"
         )
-    return poisoned
-
-
-def _poison(content: Any) -> tuple[Any, bool]:  # noqa: ANN401 - the user's batch
-    if isinstance(content, Tensor):
-        if not content.is_floating_point():
-            return content, False
-        return torch.roll(content, 1, dims=0) * -SCALE, True
-    if isinstance(content, dict):
-        parts = {key: _poison(value) for key, value in content.items()}
-        found = any(hit for _, hit in parts.values())
-        return {key: value for key, (value, _) in parts.items()}, found
-    if isinstance(content, list | tuple):
-        items = [_poison(value) for value in content]
-        values = [value for value, _ in items]
-        found = any(hit for _, hit in items)
-        return (values if isinstance(content, list) else tuple(values)), found
-    return content, False
+    return spoilt

@@ -167,9 +167,7 @@ class Guard:
     def _judge_finite(self, step: int, loss: float) -> Verdict:
         config, statistics = self.config, self.statistics
         distance = statistics.distance(loss)
-        self._spikes = self._spikes + 1 if distance > config.spike_deviations else 0
-        high = distance > config.trend_deviations and loss > config.trend_ratio * statistics.average
-        self._high = self._high + 1 if high else 0
+        self._count(loss, distance)
         if not self._spikes and not self._high:
             statistics.add(loss)
             return self._commit_calm(step)
@@ -186,6 +184,12 @@ class Guard:
         # One high loss is common and not worth a word; a spike, or a second one, is.
         worth_telling = self._spikes or self._high > 1
         return Verdict(Action.COMMIT, reason if worth_telling else "", suspicious=True)
+
+    def _count(self, loss: float, distance: float) -> None:
+        config = self.config
+        self._spikes = self._spikes + 1 if distance > config.spike_deviations else 0
+        raised = loss > config.trend_ratio * self.statistics.average
+        self._high = self._high + 1 if raised and distance > config.trend_deviations else 0
 
     def _commit_calm(self, step: int) -> Verdict:
         self._forget_old_rollbacks(step)

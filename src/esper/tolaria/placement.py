@@ -4,9 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from esper.leyline import ConfigError
+from esper.tolaria.batch_tree import map_tensors
 
 
 def resolve_device(name: str) -> torch.device:
@@ -33,21 +33,8 @@ def placer(device: torch.device) -> Callable[[Any], Any]:
     """Return a function that moves the tensors of a batch to a device; on a CPU it does nothing."""
     if device.type == "cpu":
         return _stay
-    return lambda content: _move(content, device)
+    return lambda content: map_tensors(content, lambda t: t.to(device, non_blocking=True))
 
 
 def _stay(content: Any) -> Any:  # noqa: ANN401 - the user's batch
-    return content
-
-
-def _move(content: Any, device: torch.device) -> Any:  # noqa: ANN401 - the user's batch
-    if isinstance(content, Tensor):
-        return content.to(device, non_blocking=True)
-    if isinstance(content, dict):
-        return {key: _move(value, device) for key, value in content.items()}
-    if isinstance(content, list):
-        return [_move(value, device) for value in content]
-    if isinstance(content, tuple):
-        moved = [_move(value, device) for value in content]
-        return type(content)(*moved) if hasattr(content, "_fields") else tuple(moved)
     return content

@@ -101,12 +101,11 @@ class TrainState:
                     f"{name} is {tuple(tensor.shape)} {tensor.dtype} in the model but "
                     f"{tuple(saved.shape)} {saved.dtype} in the saved state"
                 )
-        for name in capture.tensors:
-            if name.startswith("model/") and name not in live:
+        for name in capture.tensors.keys() - live.keys():
+            if name.startswith("model/"):
                 raise StateError(f"the saved state holds {name}, which the model lacks")
-        missing = [name for name in self._components if name not in capture.values["components"]]
-        if missing:
-            raise StateError(f"the saved state lacks the component {missing[0]!r}")
+        for name in self._components.keys() - capture.values["components"].keys():
+            raise StateError(f"the saved state lacks the component {name!r}")
         self._optimizer.check(capture.values["optimizer"])
 
 

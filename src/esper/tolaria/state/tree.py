@@ -63,12 +63,15 @@ def join(value: object, tensors: dict[str, Tensor]) -> Any:  # noqa: ANN401 - in
     if not isinstance(value, dict):
         return value
     if _TENSOR in value:
-        name = value[_TENSOR]
-        if name not in tensors:
-            raise StateError(f"the saved state names tensor {name!r} but does not hold it")
-        return torch.clone(tensors[name])
+        return _copy(value[_TENSOR], tensors)
     if _TUPLE in value:
         return tuple(join(item, tensors) for item in value[_TUPLE])
     if _ITEMS in value:
         return {join(key, tensors): join(item, tensors) for key, item in value[_ITEMS]}
     return {key: join(item, tensors) for key, item in value.items()}
+
+
+def _copy(name: str, tensors: dict[str, Tensor]) -> Tensor:
+    if name not in tensors:
+        raise StateError(f"the saved state names tensor {name!r} but does not hold it")
+    return torch.clone(tensors[name])
