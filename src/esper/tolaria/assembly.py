@@ -68,12 +68,7 @@ def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings
     job.model.to(device)
     plan = plan_data(job.data, batch_size=job.batch_size, shuffle=True, role="training")
     data = ResumableLoader(plan, seed=config.train.seed, epochs=config.train.epochs)
-    update = Update(
-        job.optimizer,
-        scheduler=job.scheduler,
-        scaler=job.scaler,
-        clip_norm=config.train.clip_norm,
-    )
+    update = _update(job, config)
     guard: Guard | NullGuard = Guard(config.guard) if config.guard.enabled else NullGuard()
     hub = TelemetryHub(surroundings.sinks) if config.telemetry.enabled else NullHub()
     log = RecoveryLog()
@@ -84,21 +79,6 @@ def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings
     state = _state(job, objective)
     tiers = _tiers(config, surroundings.directory)
     recovery = Recovery(state, tiers, data, update, guard, log)
-    components: dict[str, Stateful] = {
-        "progress": update.progress,
-        "data": data,
-        "guard": guard,
-        "guard_history": guard.history,
-        "recovery": log,
-        "trail": recovery.trail,
-        "meter": recorder.meter,
-        "companions": companions,
-        "drill": drill,
-    }
-    for name, component in components.items():
-        state.add(name, component)
-    if isinstance(companions, Companions):
-        companions.on_model_change = state.refresh
     ending = Ending()
     place = placer(device)
     validation = _validation_plan(job)
@@ -139,6 +119,15 @@ def _register_state(parts: Assembly, recovery: Recovery) -> None:
         parts.state.add(name, component)
     if isinstance(parts.companions, Companions):
         parts.companions.on_model_change = parts.state.refresh
+
+
+def _update(job: TrainingJob, config: TolariaConfig) -> Update:
+    return Update(
+        job.optimizer,
+        scheduler=job.scheduler,
+        scaler=job.scaler,
+        clip_norm=config.train.clip_norm,
+    )
 
 
 def _objective(job: TrainingJob, config: TolariaConfig) -> Objective:
