@@ -4,12 +4,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.jobs import TwoTasks, two_task_data, two_task_loss
 from torch import nn
 
 from esper.leyline import StateError
 from esper.tolaria.rollback import FastRollbackCache
 from esper.tolaria.state import TrainState
+from support.jobs import TwoTasks, two_task_data, two_task_loss
 
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),

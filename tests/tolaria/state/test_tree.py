@@ -13,9 +13,7 @@ plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) |
 keys = st.text() | st.integers() | st.tuples(st.integers(), st.text())
 nested = st.recursive(
     plain,
-    lambda inner: st.lists(inner)
-    | st.dictionaries(keys, inner)
-    | st.lists(inner).map(tuple),
+    lambda inner: st.lists(inner) | st.dictionaries(keys, inner) | st.lists(inner).map(tuple),
 )
 
 
