@@ -24,7 +24,7 @@ _COPY_BYTES = 256 * 2**20
 _WRITE_BYTES = 64 * 2**20
 _ROLLBACK_BUDGET_S = 0.5
 _LOW_DISK_BYTES = 2 * 2**30
-_OPTIONAL = {"scikit-learn": "the built-in job; pip install 'esper[demo]'"}
+_OPTIONAL = {"scikit-learn": ("the built-in job", "pip install 'esper[demo]'")}
 
 
 @dataclass(frozen=True)
@@ -121,9 +121,11 @@ def _findings(directory: Path, memory_speed: float, disk_speed: float | None) ->
             f"{fits / 2**30:.1f} GiB of training state at the measured bandwidth",
         )
     ]
-    for name, purpose in _OPTIONAL.items():
+    for name, (purpose, remedy) in _OPTIONAL.items():
         found = _version_of(name) is not None
-        findings.append(Finding(found, purpose if found else f"{name} is missing: {purpose}"))
+        findings.append(
+            Finding(found, purpose if found else f"{purpose}: {name} is missing; {remedy}")
+        )
     if torch.cuda.is_available():
         findings.append(Finding(True, f"CUDA with {torch.cuda.device_count()} devices"))
     else:

@@ -25,7 +25,7 @@ def show_runs(runs: Path | None) -> None:
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("run", "started", "job", "outcome"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, no_wrap=column != "job")
     for column in ("steps", "rollbacks"):
         table.add_column(column, justify="right")
     table.add_column("validation", overflow="fold")

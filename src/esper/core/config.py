@@ -15,7 +15,7 @@ class Section(BaseModel):
 class TrainConfig(Section):
     """The loop itself."""
 
-    epochs: PositiveInt = Field(12, description="Passes over the training data.")
+    epochs: PositiveInt = Field(15, description="Passes over the training data.")
     seed: int = Field(0, ge=0, description="Seeds data order, initialisation and dropout.")
     device: str = Field("auto", description="A torch device, or auto: cuda when there is one.")
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0 leaves torch's choice.")

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from esper.leyline import JobError, Policy
 from esper.tolaria.aggregation import Aggregator
 
-LossFunction = Callable[[nn.Module, Any], Tensor | Mapping[str, Tensor]]
-MetricFunction = Callable[[nn.Module, Any], Mapping[str, Tensor | float]]
+# Both are called with the job's own model and batch, whatever their types are.
+LossFunction = Callable[[Any, Any], Tensor | Mapping[str, Tensor]]
+MetricFunction = Callable[[Any, Any], Mapping[str, Tensor | float]]
 
 
 @dataclass(frozen=True, kw_only=True)
