@@ -116,7 +116,14 @@ def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path: Path, name: str) -
     whole = path.read_bytes()
     seed = random.Random(name)
     store = CheckpointStore(tmp_path)
-    for offset in {0, 7, 8, 9, len(whole) - 1, *seed.sample(range(len(whole)), min(60, len(whole)))}:
+    for offset in {
+        0,
+        7,
+        8,
+        9,
+        len(whole) - 1,
+        *seed.sample(range(len(whole)), min(60, len(whole))),
+    }:
         damaged = bytearray(whole)
         damaged[offset] ^= 1 << seed.randrange(8)
         path.write_bytes(damaged)
