@@ -28,7 +28,7 @@ def show_runs(runs: Path | None) -> None:
         table.add_column(column, no_wrap=column != "job")
     for column in ("steps", "rollbacks"):
         table.add_column(column, justify="right")
-    table.add_column("validation", overflow="fold")
+    table.add_column("validation", no_wrap=True)
     for path in found:
         table.add_row(*_cells(summarise(path)))
     console.print(table)
@@ -42,5 +42,5 @@ def _cells(run: RunSummary) -> tuple[str | Text, ...]:
         Text(run.outcome, style=_COLOURS.get(run.outcome, "red")),
         "-" if run.steps is None else f"{run.steps:,}",
         str(run.rollbacks),
-        "  ".join(f"{name} {value:.4f}" for name, value in run.validation.items()) or "-",
+        "\n".join(f"{name} {value:.4f}" for name, value in run.validation.items()) or "-",
     )
