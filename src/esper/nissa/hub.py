@@ -15,8 +15,8 @@ class TelemetryHub:
 
     :param sinks: each receives every record, in order. One that has a ``flush()`` is flushed when
         a batch of records has been written.
-    :param capacity: records that may wait; beyond it the oldest step records are dropped and
-        counted, while epochs and events never are.
+    :param capacity: records that may wait; beyond it step records are dropped and counted, while
+        epochs and events never are.
     :param max_failures: failures in a row after which a sink is disabled.
     """
 
@@ -41,10 +41,11 @@ class TelemetryHub:
 
     def emit(self, record: Record) -> None:
         """Take one record. Never blocks and never raises."""
+        if len(self._waiting) >= self._capacity and isinstance(record, StepRecord):
+            self.dropped += 1
+            return
         self._waiting.append(record)
         self._emitted += 1
-        if len(self._waiting) > self._capacity:
-            self._shed()
 
     def flush(self, timeout_s: float = 5.0) -> bool:
         """Wait until everything emitted so far has reached the sinks.
@@ -54,9 +55,7 @@ class TelemetryHub:
         target = self._emitted
         self._wake.set()
         with self._progress:
-            return self._progress.wait_for(
-                lambda: self._delivered + self.dropped >= target, timeout_s
-            )
+            return self._progress.wait_for(lambda: self._delivered >= target, timeout_s)
 
     def close(self, timeout_s: float = 5.0) -> bool:
         """Deliver what is waiting, close the sinks and end the thread.
@@ -73,19 +72,6 @@ class TelemetryHub:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _shed(self) -> None:
-        """Drop one step record; when only epochs and events wait, the queue grows instead."""
-        for _ in range(len(self._waiting)):
-            try:
-                oldest = self._waiting.popleft()
-            except IndexError:
-                # The drain thread has just emptied the queue: there is room again.
-                return
-            if isinstance(oldest, StepRecord):
-                self.dropped += 1
-                return
-            self._waiting.append(oldest)
 
     def _serve(self) -> None:
         while not self._closing:

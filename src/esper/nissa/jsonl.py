@@ -1,8 +1,8 @@
 """Records as lines of JSON: the file that every run leaves, and that reports are made from.
 
-JSON has no NaN: a value that is not finite is written as null by the fast encoder. A record that
-holds one is written with the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"`` instead, and
-read back as the number it was.
+JSON has no NaN: the fast encoder writes a number that is not finite as null. A record that holds
+one is written with the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"`` instead. They are read
+back as numbers where the record has numbers.
 """
 
 import json
@@ -13,8 +13,10 @@ from typing import Any
 
 import msgspec
 
-from esper.leyline import Record, RunError, StepRecord, SystemState
+from esper.leyline import Event, Record, RunError
 
+_NUMBERS = {"loss", "gradient_norm", "learning_rate", "conflict_rate"}
+_NUMBERS_BY_NAME = {"losses", "validation", "cosines"}
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Record)
@@ -47,7 +49,8 @@ class JsonlSink:
 def encode_record(record: Record) -> bytes:
     """Return one line of JSON, without its end."""
     line = _encoder.encode(record)
-    if b"null" in line and not _is_finite(record):
+    # None is left out as a default, so a null may stand for a number; a text with it is rare.
+    if b"null" in line and not isinstance(record, Event):
         return json.dumps(_name_numbers(msgspec.to_builtins(record))).encode()
     return line
 
@@ -78,17 +81,6 @@ def _decode(line: bytes, path: Path, number: int) -> Record:
     return record
 
 
-def _is_finite(record: Record) -> bool:
-    values: list[Any] = []
-    if isinstance(record, StepRecord):
-        values = [record.loss, record.gradient_norm, record.learning_rate, *record.losses.values()]
-    elif isinstance(record, SystemState):
-        values = [record.gradient_norm, *record.losses.values(), *record.validation.values()]
-    else:
-        return False
-    return all(math.isfinite(value) for value in values if value is not None)
-
-
 def _name_numbers(value: Any) -> Any:  # noqa: ANN401 - JSON
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
@@ -99,14 +91,16 @@ def _name_numbers(value: Any) -> Any:  # noqa: ANN401 - JSON
     return value
 
 
-def _restore_numbers(value: Any) -> Any:  # noqa: ANN401 - JSON
-    if isinstance(value, str):
-        return _NOT_FINITE.get(value, value)
-    if isinstance(value, dict):
-        return {key: _restore_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_restore_numbers(item) for item in value]
-    return value
+def _restore_numbers(record: dict[str, Any]) -> dict[str, Any]:
+    for key in _NUMBERS & record.keys():
+        record[key] = _number(record[key])
+    for key in _NUMBERS_BY_NAME & record.keys():
+        record[key] = {name: _number(value) for name, value in record[key].items()}
+    return record
+
+
+def _number(value: Any) -> Any:  # noqa: ANN401 - JSON
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 def _cut_torn_line(path: Path) -> None:

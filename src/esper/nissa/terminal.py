@@ -103,13 +103,14 @@ def header(data: dict[str, Any]) -> Table:
 def epoch_line(state: SystemState) -> Text:
     """Return one line about an epoch."""
     parts = [f"epoch {state.epoch + 1:>3}"]
-    parts += [f"{task} loss {loss:.4f}" for task, loss in state.losses.items()]
-    parts += [f"{name} {value:.4f}" for name, value in state.validation.items()]
+    parts.append("loss " + " ".join(f"{task} {loss:.4f}" for task, loss in state.losses.items()))
+    if state.validation:
+        parts.append(" ".join(f"{name} {value:.4f}" for name, value in state.validation.items()))
     if state.conflict_share is not None:
         parts.append(f"conflicts {state.conflict_share:4.0%}")
     if state.samples_per_second is not None:
-        parts.append(f"{state.samples_per_second:,.0f} samples/s")
-    return Text("  ".join(parts))
+        parts.append(f"{state.samples_per_second:,.0f}/s")
+    return Text(" │ ".join(parts))
 
 
 def summary(ended: Event) -> Panel:

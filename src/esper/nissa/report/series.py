@@ -8,7 +8,8 @@ from typing import Any
 from esper.leyline import StepRecord
 
 MOST_POINTS = 3000
-_SMOOTHING = 0.9
+# A smoothed point averages over about this share of all steps.
+_SMOOTHED_SHARE = 0.01
 
 Values = list[float | None]
 
@@ -143,13 +144,14 @@ def step_chart(
 def smooth(values: Values) -> Values:
     """Return the exponential average, without the pull of a start at zero; gaps stay gaps."""
     result: Values = []
+    decay = 1 - 1 / max(10.0, _SMOOTHED_SHARE * len(values))
     average = weight = 0.0
     for value in values:
         if value is None:
             result.append(None)
             continue
-        average = _SMOOTHING * average + (1 - _SMOOTHING) * value
-        weight = _SMOOTHING * weight + (1 - _SMOOTHING)
+        average = decay * average + (1 - decay) * value
+        weight = decay * weight + (1 - decay)
         result.append(average / weight)
     return result
 
