@@ -1,0 +1,1 @@
+"""The same training loop under every trainer: one file for each."""
