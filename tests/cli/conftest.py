@@ -13,7 +13,8 @@ from torch.utils.data import TensorDataset
 from esper import TrainingJob
 
 def loss(model, batch):
-    return {"fit": (model(batch[0]) - batch[1]).square().mean(), "size": model(batch[0]).abs().mean()}
+    output = model(batch[0])
+    return {"fit": (output - batch[1]).square().mean(), "size": output.abs().mean()}
 
 def build(samples=320, **changes):
     model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.1), nn.ReLU(), nn.Linear(8, 1))

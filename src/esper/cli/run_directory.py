@@ -132,4 +132,4 @@ def is_writable(path: Path) -> bool:
     existing = path
     while not existing.exists():
         existing = existing.parent
-    return os.access(existing, os.W_OK)
+    return existing.is_dir() and os.access(existing, os.W_OK)

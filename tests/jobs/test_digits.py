@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from esper.core.config import TolariaConfig, TrainConfig
+from esper.jobs import digits
+from esper.tolaria import TolariaTrainer
+
+
+def test_training_and_validation_pairs_are_made_of_different_scans() -> None:
+    training, validation = digits.overlaid_digits()
+    assert len(training) == digits.TRAIN_PAIRS
+    assert len(validation) == digits.VALIDATION_PAIRS
+
+    def corners(images: torch.Tensor) -> set[bytes]:
+        # The upper left of the canvas belongs to the first scan alone.
+        return {image[0, :4, :4].numpy().tobytes() for image in images}
+
+    images = validation.tensors[0]
+    seen = corners(training.tensors[0])
+    distinct = [image for image in images if image[0, :4, :4].unique().numel() > 10]
+    assert distinct
+    assert not any(image[0, :4, :4].numpy().tobytes() in seen for image in distinct)
+
+
+def test_the_data_is_the_same_every_time() -> None:
+    first, second = digits.overlaid_digits(), digits.overlaid_digits()
+    for one, other in zip(first, second, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.tensors, other.tensors, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(90)
+def test_one_epoch_learns_to_read_and_the_tasks_conflict() -> None:
+    torch.manual_seed(0)
+    trainer = TolariaTrainer.from_job(
+        digits.build(), config=TolariaConfig(train=TrainConfig(epochs=1, device="cpu"))
+    )
+    (state,) = trainer.run()
+    assert state.validation["left.accuracy"] > 0.8
+    assert state.validation["right.accuracy"] > 0.8
+    assert state.conflict_share is not None
+    assert 0.1 < state.conflict_share < 0.9
