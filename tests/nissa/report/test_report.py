@@ -22,7 +22,8 @@ def step(number: int, attempt: int = 0, loss: float = 1.0, *, pair: bool = True)
         step=number, attempt=attempt, epoch=number // 50, batch=number % 50, time=1e9 + number / 50,
         action="commit", loss=2 * loss, losses=dict.fromkeys(TASKS if pair else ("loss",), loss),
         learning_rate=0.1, gradient_norm=loss,
-        conflicts=int(cosine < 0) if pair else None, conflict_rate=float(cosine < 0) if pair else None,
+        conflicts=int(cosine < 0) if pair else None,
+        conflict_rate=float(cosine < 0) if pair else None,
         cosines={"left|right": cosine} if pair else {},
         timings_ms={"forward": 1.0, "backward": 3.0},
     )  # fmt: skip
