@@ -16,7 +16,6 @@ from esper.leyline import (
     Event,
     FieldReport,
     LossError,
-    Record,
     ScaleLearningRate,
     SeedCommand,
     SeedOperation,
@@ -25,22 +24,7 @@ from esper.leyline import (
 )
 from esper.tolaria import TolariaConfig, TolariaTrainer
 from support.jobs import config, two_task_data, two_task_job
-
-
-class Memory:
-    """Keeps what a run tells."""
-
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-
-    def write(self, record: Record) -> None:
-        self.records.append(record)
-
-    def close(self) -> None:
-        pass
-
-    def events(self, name: str) -> list[Event]:
-        return [r for r in self.records if isinstance(r, Event) and r.name == name]
+from support.sinks import Memory
 
 
 def weights(trainer: TolariaTrainer) -> list[Tensor]:

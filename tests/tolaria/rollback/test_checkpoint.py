@@ -1,15 +1,64 @@
 import json
 import multiprocessing
 import os
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import safe_open
+from torch import Tensor
 
-from esper.leyline import CheckpointError
-from esper.tolaria.rollback import CheckpointStore, is_locked
+from esper.leyline import CheckpointError, ConfigError
+from esper.tolaria.rollback import CheckpointStore, checkpoint, is_locked, manifest, tensor_file
+from esper.tolaria.state import Capture
 from support.states import Stamped
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+class Given:
+    """A state of given tensors and values that remembers what was restored."""
+
+    def __init__(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        self.content = Capture(tensors, values)
+        self.got = Capture({}, {})
+
+    def capture(self) -> Capture:
+        return self.content
+
+    def restore(self, capture: Capture, *, keep: object = ()) -> None:
+        tensors = {name: tensor.clone() for name, tensor in capture.tensors.items()}
+        self.got = Capture(tensors, capture.values)
+
+
+def through_a_checkpoint(state: Given) -> Capture:
+    with tempfile.TemporaryDirectory() as directory, CheckpointStore(Path(directory)) as store:
+        store.save(state, step=0)
+        store.load_latest(state)
+    return state.got
+
+
+def damaging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the last bit of each tensor file that is written come out wrong."""
+    write = tensor_file.write_tensors
+
+    def damage(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+        digests = write(path, tensors)
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        return digests
+
+    monkeypatch.setattr(checkpoint, "write_tensors", damage)
 
 
 def saved(directory: Path, *steps: int, keep: int = 3, healthy: bool = True) -> Stamped:
@@ -22,17 +71,19 @@ def saved(directory: Path, *steps: int, keep: int = 3, healthy: bool = True) -> 
 
 
 def test_the_newest_checkpoint_is_restored_to_the_bit(tmp_path: Path) -> None:
-    saved(tmp_path, 1, 2, 3)
+    # Beyond nine digits, names no longer sort like steps.
+    saved(tmp_path, 5, 999_999_999, 1_000_000_000)
     state = Stamped()
     info = CheckpointStore(tmp_path).load_latest(state)
-    assert info.step == 3
-    assert state.is_step(3)
+    assert info.step == 1_000_000_000
+    assert state.is_step(1_000_000_000)
 
 
 def test_an_older_one_is_restored_on_request(tmp_path: Path) -> None:
     saved(tmp_path, 10, 20, 30)
     state = Stamped()
-    assert CheckpointStore(tmp_path).load_latest(state, before_step=29).step == 20
+    for limit in (29, 20):
+        assert CheckpointStore(tmp_path).load_latest(state, before_step=limit).step == 20
     assert state.is_step(20)
     with pytest.raises(CheckpointError, match="of step 9 or earlier"):
         CheckpointStore(tmp_path).load_latest(state, before_step=9)
@@ -46,20 +97,42 @@ def test_the_tensors_open_with_plain_safetensors(tmp_path: Path) -> None:
 
 
 def test_tensors_that_are_not_contiguous_or_share_memory_are_saved(tmp_path: Path) -> None:
-    class Views(Stamped):
-        def __init__(self) -> None:
-            super().__init__()
-            base = torch.arange(12.0).reshape(3, 4)
-            self.tensors = {"a": base.T, "b": base[1], "c": torch.ones(1).expand(5)}
+    base = torch.arange(12.0).reshape(3, 4)
+    tensors = {"a": base.T, "b": base[1], "c": torch.ones(1).expand(5)}
+    got = through_a_checkpoint(Given(tensors, {})).tensors
+    assert got.keys() == tensors.keys()
+    assert all(torch.equal(got[name], tensor) for name, tensor in tensors.items())
 
-        def restore(self, capture: object, *, keep: object = ()) -> None:
-            self.got = {name: t.clone() for name, t in capture.tensors.items()}  # type: ignore[attr-defined]
 
-    state = Views()
-    with CheckpointStore(tmp_path) as store:
-        store.save(state, step=0)
-        store.load_latest(state)
-    assert all(torch.equal(state.got[name], tensor) for name, tensor in state.tensors.items())
+@given(
+    kinds=st.lists(
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=3)), max_size=6
+    )
+)
+def test_tensors_of_any_dtype_and_shape_come_back_in_any_company(
+    kinds: list[tuple[torch.dtype, list[int]]],
+) -> None:
+    tensors = {
+        f"{index}/é": torch.randint(0, 2, shape).to(dtype)
+        for index, (dtype, shape) in enumerate(kinds)
+    }
+    got = through_a_checkpoint(Given(tensors, {})).tensors
+    assert list(got.keys() ^ tensors.keys()) == []
+    for name, tensor in tensors.items():
+        assert got[name].dtype == tensor.dtype
+        assert torch.equal(got[name], tensor)
+
+
+def test_a_nan_keeps_its_bits() -> None:
+    bits = torch.tensor([0x7FC00001, 0x7F800001, -1], dtype=torch.int32)
+    got = through_a_checkpoint(Given({"nan": bits.view(torch.float32)}, {})).tensors["nan"]
+    assert torch.equal(got.view(torch.int32), bits)
+
+
+@given(values=st.dictionaries(st.text(), JSON, max_size=4))
+def test_values_come_back_as_they_were(values: dict[str, Any]) -> None:
+    # repr tells 1 from 1.0 and from True, and takes a NaN for equal to itself.
+    assert repr(through_a_checkpoint(Given({}, values)).values) == repr(values)
 
 
 def test_the_newest_and_the_newest_healthy_are_kept(tmp_path: Path) -> None:
@@ -76,14 +149,39 @@ def test_nothing_is_deleted_while_the_newest_is_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(tmp_path, 1, 2, 3)
-    store = CheckpointStore(tmp_path, keep=2)
-    original = CheckpointStore._problem
-    monkeypatch.setattr(
-        CheckpointStore, "_problem", lambda self, path: original(self, path) or "damaged in writing"
-    )
-    store.save(Stamped(), step=4)
-    store.close()
-    assert [info.step for info in store.list()] == [4, 3, 2, 1]
+    before = sorted(tmp_path.iterdir())
+    damaging(monkeypatch)
+    with CheckpointStore(tmp_path, keep=1) as store:
+        for step in (3, 4):
+            with pytest.raises(CheckpointError, match="cannot be read back"):
+                store.save(Stamped(), step=step)
+    assert sorted(tmp_path.iterdir()) == before
+    assert all(report.valid for report in store.verify())
+
+
+def test_a_checkpoint_of_a_lower_step_is_not_deleted_by_its_own_save(tmp_path: Path) -> None:
+    state = saved(tmp_path, 80, 90, 100)
+    state.set(75)
+    with CheckpointStore(tmp_path, keep=2) as store:
+        info = store.save(state, step=75)
+        assert info.path.is_dir()
+        assert [info.step for info in store.list()] == [100, 90, 75]
+        store.load_latest(Stamped(), before_step=80)
+
+
+def test_an_unreadable_checkpoint_takes_no_place_of_a_good_one(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2, 9)
+    (tmp_path / "step-000000009" / "MANIFEST.json").unlink()
+    saved(tmp_path, 3, keep=2)
+    assert [info.step for info in CheckpointStore(tmp_path).list()] == [3, 2]
+
+
+def test_limits_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="keep is 0"):
+        CheckpointStore(tmp_path, keep=0)
+    with pytest.raises(CheckpointError, match="step -1"):
+        CheckpointStore(tmp_path).save(Stamped(), step=-1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
@@ -99,6 +197,14 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert fresh.is_step(7)
 
 
+def test_a_step_can_be_replaced_more_often_than_its_name_has_digits(tmp_path: Path) -> None:
+    saved(tmp_path, 7)
+    (tmp_path / "step-000000007").rename(tmp_path / "step-000000007.999")
+    saved(tmp_path, 7)
+    saved(tmp_path, 7)
+    assert [info.path.name for info in CheckpointStore(tmp_path).list()] == ["step-000000007.1001"]
+
+
 def test_damage_is_set_aside_and_the_older_one_is_used(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2)
     file = tmp_path / "step-000000002" / "state.json"
@@ -108,7 +214,82 @@ def test_damage_is_set_aside_and_the_older_one_is_used(tmp_path: Path) -> None:
     assert CheckpointStore(tmp_path).load_latest(state).step == 1
     assert state.is_step(1)
     assert state.restored == 1
-    assert len(list(tmp_path.glob("step-000000002.damaged-*"))) == 1
+    aside = "step-000000002.damaged-state-json-does-not-match-its-digest"
+    assert (tmp_path / aside).is_dir()
+
+
+def test_each_damaged_checkpoint_of_a_step_is_set_aside(tmp_path: Path) -> None:
+    for _ in range(3):
+        saved(tmp_path, 1)
+        (tmp_path / "step-000000001" / "state.json").unlink()
+        with pytest.raises(CheckpointError, match=r"state\.json cannot be read"):
+            CheckpointStore(tmp_path).load_latest(Stamped())
+    assert len(list(tmp_path.glob("step-000000001.damaged-state-json-cannot-be-read-*"))) == 3
+
+
+def test_verifying_changes_nothing(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2)
+    (tmp_path / "step-000000002" / "state.json").write_bytes(b"{}")
+    before = sorted(tmp_path.rglob("*"))
+    problems = [report.problem for report in CheckpointStore(tmp_path).verify()]
+    assert "2 bytes instead of" in problems[0]
+    assert problems[1] == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_not_trusted(tmp_path: Path) -> None:
+    saved(tmp_path, 1, 2)
+    (tmp_path / "step-000000001").rename(tmp_path / "step-000000005")
+    state = Stamped()
+    assert CheckpointStore(tmp_path).load_latest(state).step == 2
+    assert (tmp_path / "step-000000005.damaged-holds-step-1-it-was-renamed").is_dir()
+
+
+def test_another_spelling_of_the_same_number_is_damage_too(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    path = tmp_path / "step-000000001" / "MANIFEST.json"
+    created = json.loads(path.read_text())["created"]
+    path.write_text(path.read_text().replace(f"{created}", f"{created}000000000"))
+    assert json.loads(path.read_text())["created"] == created
+    assert "its own digest" in CheckpointStore(tmp_path).verify()[0].problem
+
+
+def test_a_reader_finds_the_next_checkpoint_when_a_writer_retires_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, reader = Stamped(), Stamped()
+    read = manifest.read_manifest
+    with CheckpointStore(tmp_path, keep=1) as writer:
+        writer.save(state, step=1)
+
+        def overtaken(path: Path) -> object:
+            monkeypatch.setattr(checkpoint, "read_manifest", read)
+            state.set(2)
+            writer.save(state, step=2)
+            return read(path)
+
+        monkeypatch.setattr(checkpoint, "read_manifest", overtaken)
+        assert CheckpointStore(tmp_path).load_latest(reader).step == 2
+    assert reader.is_step(2)
+
+
+def test_a_checkpoint_retired_while_it_is_restored_still_counts(tmp_path: Path) -> None:
+    class Slow(Stamped):
+        before: Callable[[], object]
+
+        def restore(self, capture: Capture, *, keep: object = ()) -> None:
+            self.before()
+            super().restore(capture)
+
+    with CheckpointStore(tmp_path, keep=1) as writer:
+        state = Stamped()
+        state.set(1)
+        writer.save(state, step=1)
+        reader = Slow()
+        reader.before = lambda: writer.save(state, step=2)
+        assert CheckpointStore(tmp_path).load_latest(reader).step == 1
+    assert reader.is_step(1)
+    assert not (tmp_path / "step-000000001").exists()
 
 
 def test_when_all_are_damaged_every_problem_is_told(tmp_path: Path) -> None:
@@ -127,12 +308,33 @@ def test_an_unknown_format_is_named(tmp_path: Path) -> None:
     assert "format 99" in CheckpointStore(tmp_path).verify()[0].problem
 
 
-def test_a_value_that_json_cannot_hold_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("value", "where"),
+    [
+        ({"a": [0, {"b": object()}]}, "values/new/a/1/b"),
+        ([(1, 2)], "values/new/0"),
+        ({"a": {1: "one"}}, "values/new/a"),
+        ({"a": {1, 2}}, "values/new/a"),
+    ],
+)
+def test_a_value_that_json_would_change_is_named_and_leaves_nothing(
+    tmp_path: Path, value: object, where: str
+) -> None:
     state = Stamped()
-    state.values["object"] = object()
-    with CheckpointStore(tmp_path) as store, pytest.raises(CheckpointError, match="JSON"):
+    state.values["new"] = value
+    with (
+        CheckpointStore(tmp_path) as store,
+        pytest.raises(CheckpointError, match=f"{where}:.*JSON"),
+    ):
         store.save(state, step=1)
     assert [path.name for path in tmp_path.iterdir()] == ["LOCK"]
+
+
+def test_values_that_hold_themselves_are_refused() -> None:
+    state = Given({}, {})
+    state.content.values["new"] = state.content.values
+    with pytest.raises(CheckpointError, match="as JSON"):
+        through_a_checkpoint(state)
 
 
 def test_a_dtype_without_a_place_is_named(tmp_path: Path) -> None:

@@ -40,6 +40,16 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory and its missing parents; the way to it is on the disk afterwards."""
+    path.mkdir(parents=True, exist_ok=True)
+    for parent in path.resolve().parents:
+        # What this run may not write into, it has made no entry in.
+        if not os.access(parent, os.R_OK | os.W_OK):
+            break
+        sync_directory(parent)
+
+
 @contextmanager
 def committed_directory(final: Path) -> Iterator[Path]:
     """Give a temporary directory to fill; on leaving without an error it becomes ``final``.
@@ -62,7 +72,11 @@ def committed_directory(final: Path) -> Iterator[Path]:
 def discard_directory(path: Path) -> None:
     """Take a directory away, with a rename first, so that no half of it is ever seen."""
     trash = path.parent / f"{_TRASH}{uuid.uuid4().hex}"
-    path.rename(trash)
+    try:
+        path.rename(trash)
+    except FileNotFoundError:
+        # A reader, who needs no lock, has set it aside.
+        return
     shutil.rmtree(trash, ignore_errors=True)
 
 
@@ -91,6 +105,7 @@ class WriterLock:
 
     def __init__(self, directory: Path) -> None:
         path = directory / "LOCK"
+        self._owner = os.getpid()
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -101,11 +116,16 @@ class WriterLock:
                 f"{directory} is being written by process {holder or 'unknown'}; "
                 "end that run, or use another run directory"
             ) from error
+        except OSError:
+            os.close(self._descriptor)
+            raise
         os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
+        os.pwrite(self._descriptor, str(self._owner).encode(), 0)
 
     def release(self) -> None:
-        """Let others write."""
+        """Let others write, also while forked children still hold the file open."""
+        if os.getpid() == self._owner:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         os.close(self._descriptor)
 
 

@@ -1,7 +1,6 @@
 """What a checkpoint says about itself, and whether that is true."""
 
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import xxhash
@@ -29,7 +28,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     :param files: the other files of the checkpoint, by name.
     :param tensors: xxh3-128 digest of each tensor's bytes, by name.
     :param format: version of the layout.
-    :param digest: xxh3-128 digest of this manifest with an empty digest.
+    :param digest: xxh3-128 digest of the text of this manifest with an empty digest.
     """
 
     step: int
@@ -43,9 +42,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write the manifest, digest included; this is what completes a checkpoint."""
-    sealed = msgspec.structs.replace(manifest, digest=_digest(manifest))
+    digest = _digest(_text_of(manifest), "")
     with synced_file(directory / NAME) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(sealed), indent=1))
+        file.write(_text_of(msgspec.structs.replace(manifest, digest=digest)))
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -55,12 +54,13 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / NAME
     try:
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        text = path.read_bytes()
+        manifest = msgspec.json.decode(text, type=Manifest)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if manifest.format != FORMAT:
         raise CheckpointError(f"{path} has format {manifest.format}; this Esper reads {FORMAT}")
-    if manifest.digest != _digest(manifest):
+    if manifest.digest != _digest(text, manifest.digest):
         raise CheckpointError(f"{path} does not match its own digest")
     return manifest
 
@@ -88,6 +88,11 @@ def entry_of(path: Path) -> FileEntry:
     return FileEntry(path.stat().st_size, digest_file(path))
 
 
-def _digest(manifest: Manifest) -> str:
-    bare: Any = msgspec.structs.replace(manifest, digest="")
-    return xxhash.xxh3_128_hexdigest(msgspec.json.encode(bare))
+def _text_of(manifest: Manifest) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=1)
+
+
+def _digest(text: bytes, seal: str) -> str:
+    # Over the bytes of the file, not the decoded values: two spellings can mean the same number.
+    bare = text.replace(f'"digest": "{seal}"'.encode(), b'"digest": ""')
+    return xxhash.xxh3_128_hexdigest(bare)

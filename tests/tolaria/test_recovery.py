@@ -1,0 +1,130 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from esper.leyline import Action, Tier, Verdict
+from esper.tolaria import TolariaTrainer
+from esper.tolaria.recovery import Recovery
+from support.jobs import config, two_task_job
+from support.sinks import Memory
+
+BACK_TO_25 = Verdict(Action.ROLLBACK, "test", True, first_suspect=33, before_step=25)
+
+
+def trained(tmp_path: Path, steps: int = 35, **sections: dict[str, object]) -> TolariaTrainer:
+    """A trainer that stopped in the middle of a step loop, its parts at hand."""
+    trainer = TolariaTrainer.from_job(
+        two_task_job(), config=config(**sections), directory=tmp_path, sinks=[Memory()]
+    )
+    generator = trainer.steps()
+    for _ in range(steps):
+        next(generator)
+    trainer.generator = generator  # type: ignore[attr-defined]  # kept alive for the test
+    return trainer
+
+
+def recovery(trainer: TolariaTrainer) -> Recovery:
+    return trainer._parts.run.rescue._recovery
+
+
+def test_the_newest_trusted_snapshot_is_taken(tmp_path: Path) -> None:
+    trainer = trained(tmp_path)
+    result = recovery(trainer).roll_back(BACK_TO_25)
+    assert (result.tier, result.step, result.error) == (Tier.MEMORY, 20, "")
+    assert result.skipped == ((2, 0), (2, 1), (2, 2))
+    assert trainer._parts.run.data.position == (1, 4)
+    assert result.latency_ms < 5000
+
+
+def test_without_snapshots_the_disk_serves(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, snapshots={"enabled": False})
+    result = recovery(trainer).roll_back(BACK_TO_25)
+    assert (result.tier, result.step) == (Tier.DISK, 20)
+    assert "no healthy snapshot" in result.error
+
+
+def test_the_disk_is_taken_first_when_the_verdict_asks_for_it(tmp_path: Path) -> None:
+    trainer = trained(tmp_path)
+    verdict = Verdict(
+        Action.ROLLBACK, "test", True, first_suspect=33, before_step=15, tier=Tier.DISK
+    )
+    result = recovery(trainer).roll_back(verdict)
+    assert (result.tier, result.step) == (Tier.DISK, 10)
+    memory = trainer._parts.tiers.memory
+    assert memory is not None
+    assert max(memory.steps) <= 10, "snapshots of the course taken back are gone"
+
+
+def test_damaged_checkpoints_fall_back_to_memory(tmp_path: Path) -> None:
+    trainer = trained(tmp_path)
+    for path in (tmp_path / "checkpoints").glob("step-*/state.json"):
+        path.write_text("{}")
+    verdict = Verdict(
+        Action.ROLLBACK, "test", True, first_suspect=33, before_step=25, tier=Tier.DISK
+    )
+    result = recovery(trainer).roll_back(verdict)
+    assert result.tier is Tier.MEMORY
+    assert "state.json" in result.error
+
+
+def test_when_nothing_is_old_enough_the_oldest_snapshot_serves(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, checkpoints={"enabled": False})
+    verdict = Verdict(Action.ROLLBACK, "test", True, first_suspect=1, before_step=-7)
+    result = recovery(trainer).roll_back(verdict)
+    assert (result.tier, result.step) == (Tier.MEMORY, 0)
+
+
+def test_with_nothing_kept_it_says_why(tmp_path: Path) -> None:
+    off = {"enabled": False}
+    trainer = trained(tmp_path, snapshots=off, checkpoints=off)
+    result = recovery(trainer).roll_back(BACK_TO_25)
+    assert result.tier is None
+    assert "no healthy snapshot" in result.error
+    assert "no checkpoint directory" in result.error
+
+
+def test_a_rate_cut_outlives_a_further_rollback(tmp_path: Path) -> None:
+    trainer = trained(tmp_path)
+    rates = [trainer._parts.run.update.learning_rate]
+    for expected in (0.5, 0.25):
+        verdict = Verdict(
+            Action.ROLLBACK, "test", True, first_suspect=33, before_step=20, rate_factor=0.5
+        )
+        recovery(trainer).roll_back(verdict)
+        assert trainer._parts.run.update.progress.rate_cut == expected
+        rates.append(trainer._parts.run.update.learning_rate)
+    assert rates[2] == pytest.approx(rates[1] / 2)
+    assert trainer._parts.log.rollbacks == 2
+    assert trainer._parts.run.guard.history.in_a_row == 2
+
+
+def test_a_failed_checkpoint_is_told_of_and_training_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("in the way")
+    memory = Memory()
+    trainer = TolariaTrainer.from_job(
+        two_task_job(), config=config(), directory=tmp_path, sinks=[memory]
+    )
+    list(trainer.steps())
+    assert trainer.outcome == "completed"
+    assert len(memory.events("checkpoint_failed")) == 5
+    assert trainer.metrics_snapshot()["tolaria.rollback.checkpoint_failures_total"] == 5
+
+
+def test_resuming_keeps_what_was_skipped(tmp_path: Path) -> None:
+    settings = config(train={"epochs": 8}, snapshots={"every": 5}, guard={"warmup": 10})
+    torch.manual_seed(5)
+    first = TolariaTrainer.from_job(two_task_job(), config=settings, directory=tmp_path, drill=True)
+    for record in first.steps():
+        if record.attempt == 1 and record.step == 100:
+            first.stop()
+    skipped = set(first._parts.run.data.skipped)
+    assert skipped
+    second = TolariaTrainer.from_job(
+        two_task_job(), config=settings, directory=tmp_path, drill=True
+    )
+    second.resume()
+    assert second._parts.run.data.skipped == skipped
+    assert second._parts.log.attempt == 2
+    list(second.steps())
+    assert second.metrics_snapshot()["tolaria.rollback.total"] == 1
