@@ -7,6 +7,7 @@ import torch
 from esper.leyline import ConfigError, JobError
 from esper.tolaria.batch_tree import map_tensors
 from esper.tolaria.drill import poison
+from esper.tolaria.job import TrainingJob
 from esper.tolaria.placement import placer, resolve_device
 from support.jobs import two_task_job
 
@@ -20,7 +21,6 @@ def plateau() -> Any:
     ("part", "message"),
     [
         ({"model": 3}, "model is a int; give a torch.nn"),
-        ({"optimizer": "adam"}, "optimizer is a str"),
         ({"loss": None}, "loss is a NoneType; give a function"),
         ({"metrics": 3}, "metrics is a int"),
         ({"scheduler": "cosine"}, "scheduler is a str"),
@@ -32,6 +32,12 @@ def plateau() -> Any:
 def test_a_part_of_the_wrong_type_is_named(part: dict[str, Any], message: str) -> None:
     with pytest.raises(JobError, match=message):
         two_task_job(**part)
+
+
+def test_an_optimizer_of_the_wrong_type_is_named() -> None:
+    job = two_task_job()
+    with pytest.raises(JobError, match="optimizer is a str"):
+        TrainingJob(model=job.model, optimizer="adam", data=job.data, loss=job.loss)  # type: ignore[arg-type]
 
 
 Pair = namedtuple("Pair", "inputs target")
@@ -56,10 +62,10 @@ def test_poison_spares_labels() -> None:
 
 
 def test_a_device_that_is_not_there_is_named() -> None:
-    with pytest.raises(ConfigError, match="train.device is 'nonsense'"):
+    with pytest.raises(ConfigError, match=r"train\.device is 'nonsense'"):
         resolve_device("nonsense")
     if not torch.cuda.is_available():
-        with pytest.raises(ConfigError, match="train.device is 'cuda'"):
+        with pytest.raises(ConfigError, match=r"train\.device is 'cuda'"):
             resolve_device("cuda")
         assert resolve_device("auto").type == "cpu"
 

@@ -64,10 +64,10 @@ def test_a_cut_of_the_rate_lasts_under_a_schedule(name: str) -> None:
         _, optimizer = model_with_gradient()
         update = Update(optimizer, scheduler=SCHEDULERS[name](optimizer))
         for _ in range(5):
-            update.skip()
+            update.commit(gradients(None))
         update.scale_learning_rate(factor)
         for _ in range(5):
-            update.skip()
+            update.commit(gradients(None))
         rates.append(update.learning_rate)
     assert rates[1] == pytest.approx(rates[0] / 2, rel=1e-6)
 

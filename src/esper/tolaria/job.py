@@ -30,7 +30,7 @@ class TrainingJob:
     :param validation: data that metrics are computed on at the end of each epoch.
     :param metrics: called with the model and one validation batch, without gradients; returns
         means over the batch by name. Without it, the losses are what is validated.
-    :param scheduler: stepped after every step; its lengths count steps, not epochs.
+    :param scheduler: stepped after every committed step; its lengths count steps, not epochs.
     :param aggregator: combines the gradients of several tasks; PCGrad by default.
     :param scaler: for mixed precision with float16.
     :param policy: asked at epoch boundaries how training should adapt.

@@ -39,7 +39,7 @@ class Update:
     """Commits or drops the gradients of a step, and moves schedule and step count on.
 
     :param optimizer: steps on ``.grad``.
-    :param scheduler: stepped after every step, also after a dropped one.
+    :param scheduler: stepped after every committed step; a skipped one leaves the rate alone.
     :param scaler: unscales the gradients of float16 training and skips infinite ones itself.
     :param clip_norm: largest norm of the combined gradient.
     """
@@ -81,11 +81,15 @@ class Update:
         else:
             self._scaler.step(self.optimizer)
             self._scaler.update()
-        self._finish()
+        self.optimizer.zero_grad()
+        if self._scheduler is not None:
+            self._scheduler.step()
+        self.progress.step += 1
 
     def skip(self) -> None:
         """Clear the gradients without using them."""
-        self._finish()
+        self.optimizer.zero_grad()
+        self.progress.step += 1
 
     def clear(self) -> None:
         """Clear the gradients without counting a step."""
@@ -100,12 +104,6 @@ class Update:
         if self._scheduler is not None:
             bases = self._scheduler.base_lrs
             self._scheduler.base_lrs = [rate * factor for rate in bases]
-
-    def _finish(self) -> None:
-        self.optimizer.zero_grad()
-        if self._scheduler is not None:
-            self._scheduler.step()
-        self.progress.step += 1
 
     def _clip(self, norm: float | None) -> None:
         if self._scaler is not None:
