@@ -128,3 +128,33 @@ def test_resuming_keeps_what_was_skipped(tmp_path: Path) -> None:
     assert second._parts.log.attempt == 2
     list(second.steps())
     assert second.metrics_snapshot()["tolaria.rollback.total"] == 1
+
+
+def test_a_resume_after_a_rollback_does_not_return_to_the_course_taken_back(
+    tmp_path: Path,
+) -> None:
+    settings = config(
+        train={"epochs": 8}, snapshots={"every": 5}, checkpoints={"every": 1}, guard={"warmup": 10}
+    )
+    torch.manual_seed(5)
+    memory = Memory()
+    first = TolariaTrainer.from_job(
+        two_task_job(), config=settings, directory=tmp_path, sinks=[memory], drill=True
+    )
+    generator = first.steps()
+    for record in generator:
+        if record.action == "rollback":
+            break
+    store = first._parts.tiers.disk
+    assert store is not None
+    back_to = first._parts.run.update.progress.step
+    assert record.step > back_to
+    assert next(info.step for info in store.list()) == back_to
+    skipped = set(first._parts.run.data.skipped)
+    store.close()  # as if the process had been killed here
+    second = TolariaTrainer.from_job(
+        two_task_job(), config=settings, directory=tmp_path, drill=True
+    )
+    assert second.resume() == back_to
+    assert second._parts.run.data.skipped == skipped, "the bad batch must not be met again"
+    generator.close()

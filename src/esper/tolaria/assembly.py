@@ -79,6 +79,7 @@ def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings
     state = _state(job, objective)
     tiers = _tiers(config, surroundings.directory)
     recovery = Recovery(state, tiers, data, update, guard, log)
+    keeper = Keeper(state, update.progress, _schedules(config, tiers, recorder))
     ending = Ending()
     place = placer(device)
     validation = _validation_plan(job)
@@ -91,9 +92,9 @@ def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings
         guard=guard,
         update=update,
         recorder=recorder,
-        rescue=Rescue(recovery, recorder, ending, data),
+        rescue=Rescue(recovery, keeper, recorder, ending, data),
         epochs=Epochs(data, evaluation, recorder, companions, update, log),
-        keeper=Keeper(state, update.progress, _schedules(config, tiers, recorder)),
+        keeper=keeper,
         ending=ending,
     )
     parts = Assembly(run, state, hub, tiers, companions, log, plan, validation)

@@ -39,6 +39,7 @@ class CheckpointSchedule:
 
     def __init__(self, store: CheckpointStore, every: int, recorder: Recorder) -> None:
         self.saved = self.failed = 0
+        self.last_step: int | None = None
         self._store = store
         self._every = every
         self._recorder = recorder
@@ -60,6 +61,7 @@ class CheckpointSchedule:
             self._recorder.event("checkpoint_failed", message, Level.CRITICAL, step=step)
             return
         self.saved += 1
+        self.last_step = step
         self._recorder.event(
             "checkpoint_saved",
             f"checkpoint of step {step}: {info.bytes / 2**20:.2f} MiB in {info.latency_ms:.1f} ms",
@@ -68,9 +70,20 @@ class CheckpointSchedule:
             latency_ms=info.latency_ms,
         )
 
-    def close(self) -> None:
-        """Release the store."""
-        self._store.close()
+    def take_restored(self, step: int, state: TrainState) -> None:
+        """Write the state that a rollback led to, then delete what lies after it.
+
+        A resume takes the checkpoint of the latest step: after a rollback that would be one of the
+        course taken back. When the write fails, the older ones stay: one of them beats none.
+        """
+        failed = self.failed
+        self.take(step, state)
+        if self.failed > failed:
+            return
+        try:
+            self._store.discard_after(step)
+        except CheckpointError as error:
+            self._recorder.event("checkpoint_failed", str(error), Level.CRITICAL, step=step)
 
 
 Schedule = SnapshotSchedule | CheckpointSchedule
@@ -109,8 +122,15 @@ class Keeper:
             if isinstance(schedule, SnapshotSchedule):
                 schedule.take(self._progress.step, self._state)
 
-    def keep_last(self, *, healthy: bool) -> None:
-        """Write a checkpoint of the state that training ends in."""
+    def keep_restored(self) -> None:
+        """After a rollback: let a resume begin from the restored state."""
         for schedule in self.schedules:
             if isinstance(schedule, CheckpointSchedule):
-                schedule.take(self._progress.step, self._state, healthy=healthy)
+                schedule.take_restored(self._progress.step, self._state)
+
+    def keep_last(self, *, healthy: bool) -> None:
+        """Write a checkpoint of the state that training ends in, unless it has just been done."""
+        step = self._progress.step
+        for schedule in self.schedules:
+            if isinstance(schedule, CheckpointSchedule) and schedule.last_step != step:
+                schedule.take(step, self._state, healthy=healthy)

@@ -3,6 +3,7 @@
 from esper.leyline import Action, Level, Verdict
 from esper.tolaria.data import Batch, ResumableLoader
 from esper.tolaria.ending import Ending, Outcome
+from esper.tolaria.keeper import Keeper
 from esper.tolaria.recorder import Recorder
 from esper.tolaria.recovery import Recovery, RollbackResult
 
@@ -11,15 +12,22 @@ class Rescue:
     """Carries out the guard's remedies and tells about each.
 
     :param recovery: rolls back.
+    :param keeper: makes the restored state durable.
     :param recorder: told of every remedy.
     :param ending: asked to end the run when no remedy is left.
     :param data: tells the samples of a skipped batch.
     """
 
     def __init__(
-        self, recovery: Recovery, recorder: Recorder, ending: Ending, data: ResumableLoader
+        self,
+        recovery: Recovery,
+        keeper: Keeper,
+        recorder: Recorder,
+        ending: Ending,
+        data: ResumableLoader,
     ) -> None:
         self._recovery = recovery
+        self._keeper = keeper
         self._recorder = recorder
         self._ending = ending
         self._data = data
@@ -62,6 +70,7 @@ class Rescue:
             rate_factor=verdict.rate_factor,
             fallback=result.error,
         )
+        self._keeper.keep_restored()
 
 
 def _story(step: int, verdict: Verdict, result: RollbackResult) -> str:

@@ -19,6 +19,7 @@ from esper.tolaria.rollback.durable import (
 )
 from esper.tolaria.rollback.manifest import (
     Manifest,
+    UnknownFormatError,
     entry_of,
     read_manifest,
     verify_files,
@@ -127,13 +128,30 @@ class CheckpointStore:
                 manifest, capture = self._read(path)
                 _require_own_step(path, manifest)
             except CheckpointError as error:
-                problems[path] = str(error) + self._set_aside(path, error)
+                # What a newer Esper wrote is not ours to move; only damage is set aside.
+                foreign = isinstance(error, UnknownFormatError)
+                problems[path] = str(error) + ("" if foreign else self._set_aside(path, error))
                 continue
             state.restore(capture)
             return _describe(path, manifest, (time.perf_counter() - began) * 1e3)
         tried = "; ".join(problems.values()) or "there is none"
         limit = "" if before_step is None else f" of step {before_step} or earlier"
         raise CheckpointError(f"no valid checkpoint{limit} in {self.directory}: {tried}")
+
+    def discard_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps: they belong to a course that was taken back.
+
+        :raises CheckpointError: one cannot be deleted.
+        """
+        try:
+            self._acquire()
+            for path in self._paths():
+                if _step_of(path) > step:
+                    discard_directory(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot delete the checkpoints after step {step} in {self.directory}: {error}"
+            ) from error
 
     def verify(self) -> list[CheckpointReport]:
         """Check every checkpoint against its digests, newest first; nothing is changed."""

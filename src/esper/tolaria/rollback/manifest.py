@@ -12,6 +12,10 @@ FORMAT = 1
 NAME = "MANIFEST.json"
 
 
+class UnknownFormatError(CheckpointError):
+    """A checkpoint is whole, but of a layout that this version does not know."""
+
+
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Size in bytes and xxh3-128 digest of one file."""
 
@@ -50,7 +54,8 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 def read_manifest(directory: Path) -> Manifest:
     """Read and check the manifest itself.
 
-    :raises CheckpointError: it is missing, damaged, or of an unknown format.
+    :raises CheckpointError: it is missing or damaged.
+    :raises UnknownFormatError: it is of a layout that is not known.
     """
     path = directory / NAME
     try:
@@ -58,10 +63,10 @@ def read_manifest(directory: Path) -> Manifest:
         manifest = msgspec.json.decode(text, type=Manifest)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if manifest.format != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest.format}; this Esper reads {FORMAT}")
     if manifest.digest != _digest(text, manifest.digest):
         raise CheckpointError(f"{path} does not match its own digest")
+    if manifest.format != FORMAT:
+        raise UnknownFormatError(f"{path} has format {manifest.format}; this Esper reads {FORMAT}")
     return manifest
 
 
