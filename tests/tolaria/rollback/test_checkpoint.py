@@ -301,16 +301,6 @@ def test_when_all_are_damaged_every_problem_is_told(tmp_path: Path) -> None:
     assert state.restored == 0
 
 
-def test_an_unknown_format_is_named_and_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saved(tmp_path, 1)
-    monkeypatch.setattr("esper.tolaria.rollback.manifest.FORMAT", 99)
-    with pytest.raises(CheckpointError, match="has format 1; this Esper reads 99"):
-        CheckpointStore(tmp_path).load_latest(Stamped())
-    assert (tmp_path / "step-000000001").is_dir()
-
-
 @pytest.mark.parametrize(
     ("value", "where"),
     [
