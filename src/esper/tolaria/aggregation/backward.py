@@ -1,136 +1,170 @@
-"""One backward pass for each task, combined into ``.grad``: what replaces ``loss.backward()``."""
+"""One gradient for each task, combined into ``.grad``: what replaces ``loss.backward()``."""
 
 from collections.abc import Mapping, Sequence
-from typing import cast
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from esper.tolaria.aggregation.base import Aggregator
+from esper.tolaria.aggregation.combination import Combination, LossScale
+from esper.tolaria.aggregation.gradients import TaskGradients
+from esper.tolaria.aggregation.groups import Groups
+from esper.tolaria.aggregation.pull import EXACT, MODES, Mode, at_features
+from esper.tolaria.aggregation.refreshed import Refreshed
 from esper.tolaria.aggregation.report import ConflictReport
 
-_Row = Sequence[Tensor | None]
+NOTHING = "no gradients available for aggregation"
 
 
 def backward(
-    losses: Mapping[str, Tensor],
+    losses: Mapping[str, Tensor | None],
     parameters: Sequence[Tensor],
     aggregator: Aggregator,
     *,
+    mode: Mode = "sequential",
+    groups: Groups | None = None,
+    heads: Sequence[Tensor] | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> ConflictReport:
     """Compute each task's gradient and accumulate their aggregation into ``.grad``.
 
     A parameter that only one task reaches, such as a head's, gets that task's gradient as it is;
-    one that no task reaches keeps its ``.grad``. The aggregator sees the shared parameters only.
+    one that no task reaches keeps its ``.grad``. The aggregator sees the other parameters only.
+    All losses come from one forward pass: dropout masks and batch statistics are those of all
+    tasks alike.
 
-    :param losses: one scalar for each task present in the batch, by name. All come from one
-        forward pass; a task that is absent from the batch is left out.
-    :param parameters: tensors that require gradients.
+    Modes, by what they cost (one pass: through the trunk, backwards) and by their error:
+
+    - ``sequential``: exact; one pass for each task. Works wherever autograd does.
+    - ``factored``: exact but for rounding; one pass for each task, without the weight gradients of
+      linear layers that are wider than the batch is long.
+    - ``batched``: exact but for rounding; one vectorised pass. Needs operators that can be
+      vectorised: no compiled model, no activation checkpointing.
+    - ``features``: one pass. The Gramian is that of the gradients at the shared representation, an
+      upper bound that ignores what the trunk does to them (MGDA-UB, arXiv 1810.04650).
+
+    With :class:`Refreshed` as the aggregator, calls in between take one pass.
+
+    :param losses: one scalar for each task, by name; None for a task that is absent from the batch.
+    :param parameters: leaf tensors that require gradients.
     :param aggregator: turns the Gramian into weights.
-    :param scaler: scales every loss alike; the gradients stay scaled, the report's Gramian too.
-    :raises RuntimeError: there is no loss, or a gradient is sparse.
+    :param mode: see above.
+    :param groups: parts of the model with a Gramian and weights of their own; see
+        :func:`by_layer` and :func:`by_name`.
+    :param heads: the parameters that are kept out of the projection and get the plain sum of their
+        gradients, in place of those that one task alone reaches; ``()`` projects all. A model
+        compiled as a whole needs this: it returns zeros where a task does not reach.
+    :param scaler: scales every loss alike. The gradients stay scaled, for the scaler to unscale
+        and judge; the report is unscaled.
+    :raises RuntimeError: there is no loss; a loss is no scalar or carries no gradient; a gradient
+        is sparse; groups don't cover the parameters; mode and options don't go together.
     """
-    if not losses:
-        raise RuntimeError("no gradients available for aggregation")
-    rows = _task_gradients(list(losses.values()), parameters, scaler)
-    shared = [index for index in range(len(parameters)) if _reached(rows, index) > 1]
-    gram = gramian(rows, shared)
-    weights = aggregator.weights(gram)
-    host_weights: list[float] = weights.tolist()
-    is_shared = set(shared)
-    with torch.no_grad():
-        for index, parameter in enumerate(parameters):
-            gradient = (
-                _combine(rows, index, host_weights) if index in is_shared else _only(rows, index)
-            )
-            if gradient is not None:
-                _accumulate(parameter, gradient)
-    return ConflictReport(tuple(losses), gram, weights)
-
-
-def gramian(rows: Sequence[_Row], columns: Sequence[int]) -> Tensor:
-    """Return the inner products of the rows, accumulated in float64 one parameter at a time.
-
-    :param rows: a gradient or None for each task and parameter.
-    :param columns: the parameters to take into account.
-    :returns: n by n, float64, on the device of the gradients.
-    """
-    device = _device_of(rows)
-    result = torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device)
-    for column in columns:
-        present = [task for task, row in enumerate(rows) if row[column] is not None]
-        block = torch.stack(
-            [gradient.flatten() for row in rows if (gradient := row[column]) is not None]
-        ).double()
-        if len(present) == len(rows):
-            result.addmm_(block, block.T)
-        else:
-            index = torch.tensor(present, device=device)
-            result[index.unsqueeze(1), index] += block @ block.T
-    return result
-
-
-def _task_gradients(
-    losses: Sequence[Tensor], parameters: Sequence[Tensor], scaler: torch.amp.GradScaler | None
-) -> list[_Row]:
-    last = len(losses) - 1
-    rows: list[_Row] = []
-    for task, loss in enumerate(losses):
-        scaled = loss if scaler is None else scaler.scale(loss)
-        row = torch.autograd.grad(scaled, parameters, retain_graph=task < last, allow_unused=True)
-        for index, gradient in enumerate(cast("_Row", row)):
-            if gradient is not None and gradient.is_sparse:
-                raise RuntimeError(
-                    f"parameter {index} has a sparse gradient; build its embedding with "
-                    "sparse=False to aggregate several tasks"
-                )
-        rows.append(row)
-    return rows
-
-
-def _device_of(rows: Sequence[_Row]) -> torch.device:
-    for row in rows:
-        for gradient in row:
-            if gradient is not None:
-                return gradient.device
-    return torch.device("cpu")
-
-
-def _reached(rows: Sequence[_Row], index: int) -> int:
-    return sum(row[index] is not None for row in rows)
-
-
-def _only(rows: Sequence[_Row], index: int) -> Tensor | None:
-    for row in rows:
-        gradient = row[index]
-        if gradient is not None:
-            # A copy: autograd may have returned one tensor for two parameters, or an expanded one.
-            return gradient.clone()
-    return None
-
-
-def _combine(rows: Sequence[_Row], index: int, weights: Sequence[float]) -> Tensor:
-    """Return the weighted sum of one parameter's gradients, accumulated in float32 or better."""
-    total: Tensor | None = None
-    dtype = torch.float32
-    for row, weight in zip(rows, weights, strict=True):
-        gradient = row[index]
-        if gradient is None:
-            continue
-        if total is None:
-            dtype = gradient.dtype
-            wide = gradient.float() if dtype.itemsize < 4 else gradient
-            total = wide * weight
-        else:
-            total.add_(gradient, alpha=weight)
-    if total is None:
-        raise RuntimeError(f"no gradients available for aggregation of parameter {index}")
-    return total.to(dtype)
-
-
-def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = gradient
+    present, absent = present_losses(losses)
+    _check(mode, aggregator, groups, heads)
+    scale = LossScale.of(scaler, present)
+    scaled = scale.apply(present)
+    combination = Combination(parameters, aggregator, scale, groups, heads)
+    kept = aggregator.reuse(tuple(present)) if isinstance(aggregator, Refreshed) else None
+    if kept is not None:
+        report = combination.reuse(at_features(scaled, parameters), *kept)
+    elif mode == "features":
+        report = combination.at_features(at_features(scaled, parameters))
     else:
-        parameter.grad.add_(gradient)
+        report = combination.of(EXACT[mode](scaled, parameters))
+    return replace(report, mode=mode, absent=absent)
+
+
+class MicroBatches:
+    """Accumulates each task's gradient over micro-batches, and combines them once.
+
+    Calling :func:`backward` on each micro-batch adds up updates that were each projected on their
+    own; this projects the gradients of the whole batch. It holds one gradient for each task.
+
+    :param parameters: as for :func:`backward`, like the rest; every mode but ``features``.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        aggregator: Aggregator,
+        *,
+        mode: Mode = "sequential",
+        groups: Groups | None = None,
+        heads: Sequence[Tensor] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        if mode == "features" or isinstance(aggregator, Refreshed):
+            raise RuntimeError(
+                "micro-batches accumulate gradients of each task, which mode 'features' and "
+                "refreshed weights do without; call backward for each micro-batch"
+            )
+        _check(mode, aggregator, groups, heads)
+        self._combination = Combination(parameters, aggregator, LossScale(), groups, heads)
+        self._mode: Mode = mode
+        self._scaler = scaler
+        self._gradients: TaskGradients | None = None
+        self._named: dict[str, None] = {}
+
+    def add(self, losses: Mapping[str, Tensor | None]) -> None:
+        """Add the gradients of one micro-batch.
+
+        For the mean over the whole batch, divide the losses by the number of micro-batches.
+        """
+        present, _ = present_losses(losses)
+        self._named.update(dict.fromkeys(losses))
+        scale = LossScale.of(self._scaler, present)
+        self._combination = replace(self._combination, scale=scale)
+        gradients = EXACT[self._mode](scale.apply(present), self._combination.parameters)
+        if self._gradients is None:
+            self._gradients = gradients
+        else:
+            self._gradients.extend(gradients)
+
+    def finish(self) -> ConflictReport:
+        """Combine what was added into ``.grad``, and begin anew.
+
+        :raises RuntimeError: nothing was added.
+        """
+        if self._gradients is None:
+            raise RuntimeError(NOTHING)
+        gradients, self._gradients = self._gradients, None
+        absent = tuple(task for task in self._named if task not in gradients.rows)
+        self._named = {}
+        return replace(self._combination.of(gradients), mode=self._mode, absent=absent)
+
+
+def present_losses(
+    losses: Mapping[str, Tensor | None],
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """Split losses into those there are and the names of the absent.
+
+    :raises RuntimeError: there is none, or one is no scalar or carries no gradient.
+    """
+    present = {task: loss for task, loss in losses.items() if loss is not None}
+    for task, loss in present.items():
+        if loss.numel() != 1:
+            raise RuntimeError(
+                f"the loss of task {task!r} has shape {tuple(loss.shape)}; reduce it to a scalar"
+            )
+        if not loss.requires_grad:
+            raise RuntimeError(
+                f"the loss of task {task!r} carries no gradient; compute it from the model's "
+                "output without detach(), or give None for a task that is absent"
+            )
+    if not present:
+        raise RuntimeError(NOTHING)
+    return present, tuple(task for task, loss in losses.items() if loss is None)
+
+
+def _check(
+    mode: str, aggregator: Aggregator, groups: Groups | None, heads: Sequence[Tensor] | None
+) -> None:
+    if mode not in MODES:
+        raise RuntimeError(f"mode is {mode!r}; give one of {', '.join(MODES)}")
+    one_pass = mode == "features" or isinstance(aggregator, Refreshed)
+    if one_pass and (groups is not None or heads is not None):
+        raise RuntimeError(
+            "mode 'features' and refreshed weights go through the trunk once, with one set of "
+            "weights; leave out groups and heads, or choose another mode"
+        )

@@ -1,7 +1,9 @@
 """What every aggregator is: a map from the Gramian of the task gradients to task weights."""
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 
@@ -19,3 +21,33 @@ class Aggregator(Protocol):
         :returns: n weights, float64, on the device of the Gramian.
         """
         ...
+
+
+@runtime_checkable
+class ByName(Protocol):
+    """An aggregator with a setting for each task, which it has to find by name."""
+
+    def for_tasks(self, tasks: Sequence[str]) -> Aggregator:
+        """Return the aggregator for the tasks that are present."""
+        ...
+
+
+def finite_weights(aggregator: Aggregator, gramian: Tensor, tasks: Sequence[str]) -> Tensor:
+    """Return the aggregator's weights; NaN for all where a gradient is not finite.
+
+    An update in which one gradient is infinite has to be seen as such by whatever guards the
+    optimizer step. Projections could hide it, and solvers need finite input.
+
+    :param gramian: n by n, float64.
+    :returns: n weights, float64, on the device of the Gramian.
+    """
+    if isinstance(aggregator, ByName):
+        aggregator = aggregator.for_tasks(tasks)
+    finite = gramian.isfinite().all()
+    if gramian.device.type == "cpu":
+        if not finite:
+            return torch.full_like(gramian.diagonal(), torch.nan)
+        return aggregator.weights(gramian)
+    # Elsewhere the decision stays on the device, so that nothing has to wait for it.
+    weights = aggregator.weights(gramian.nan_to_num(0.0, 0.0, 0.0))
+    return torch.where(finite, weights, torch.nan)

@@ -7,10 +7,14 @@ gradients, so the whole algorithm runs on coefficients and inner products: n num
 in place of one for each parameter.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from esper.tolaria.aggregation import native
+from esper.tolaria.aggregation.linear import check_weights, select_by_name
 
 
 class PCGrad:
@@ -22,7 +26,11 @@ class PCGrad:
     :param epsilon: a partner whose norm is at most this share of a gradient's norm is not
         projected against. The default lies beyond the whole range of float32 and only keeps
         squares from underflowing; raise it to ignore partners that are mostly noise.
-    :raises RuntimeError: the reduction is unknown.
+    :param preferences: how much each projected gradient counts, in the order of the losses; they
+        are taken as they are, not normalised. Given by name, they also serve batches that some
+        tasks are absent from. Scaling the losses instead changes nothing of what
+        they are projected against, so that both come to the same.
+    :raises RuntimeError: the reduction is unknown, or a preference negative or not finite.
     """
 
     def __init__(
@@ -31,23 +39,53 @@ class PCGrad:
         *,
         reduction: Literal["sum", "mean"] = "sum",
         epsilon: float = 1e-100,
+        preferences: Sequence[float] | Mapping[str, float] | None = None,
     ) -> None:
         if reduction not in ("sum", "mean"):
             raise RuntimeError(f"reduction is {reduction!r}; give 'sum' or 'mean'")
         self._generator = generator or torch.Generator().manual_seed(0)
         self._reduction = reduction
-        self._epsilon_squared = epsilon**2
+        self._epsilon = epsilon
+        self._named = dict(preferences) if isinstance(preferences, Mapping) else None
+        self._preferences: list[float] | None = None
+        if preferences is not None:
+            values = preferences.values() if isinstance(preferences, Mapping) else preferences
+            self._preferences = list(values)
+            check_weights(self._preferences)
 
     def weights(self, gramian: Tensor) -> Tensor:
-        """Return the weight of each original gradient in the sum of the projected ones."""
-        inner: list[list[float]] = gramian.tolist()
-        weights = [0.0] * len(inner)
-        for task, order in enumerate(self._orders(len(inner))):
-            for index, coefficient in enumerate(self._project(inner, task, order)):
-                weights[index] += coefficient
-        if self._reduction == "mean":
-            weights = [weight / len(inner) for weight in weights]
-        return torch.tensor(weights, dtype=gramian.dtype, device=gramian.device)
+        """Return the weight of each original gradient in the sum of the projected ones.
+
+        On the CPU one compiled loop does it; elsewhere all tasks are projected at once, without
+        reading anything from the device.
+        """
+        tasks = len(gramian)
+        preferences = self._preferences_for(gramian)
+        if tasks <= 1:
+            return preferences
+        orders = self._orders(tasks)
+        if gramian.device.type == "cpu" and native.available(tasks):
+            array = native.pcgrad_weights(
+                gramian.numpy(), orders.numpy(), self._epsilon, preferences.numpy()
+            )
+            weights = torch.from_numpy(array)
+        else:
+            weights = project_all(gramian, orders.to(gramian.device), self._epsilon, preferences)
+        return weights / tasks if self._reduction == "mean" else weights
+
+    def for_tasks(self, tasks: Sequence[str]) -> "PCGrad":
+        """Return the aggregator for the tasks that are present; it draws from the same generator.
+
+        :raises RuntimeError: a task has no preference.
+        """
+        if self._named is None or tuple(self._named) == tuple(tasks):
+            return self
+        return PCGrad(
+            self._generator,
+            reduction=self._reduction,
+            epsilon=self._epsilon,
+            preferences=select_by_name(self._named, tasks, "preference"),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the generator's state."""
@@ -57,25 +95,44 @@ class PCGrad:
         """Set the generator's state."""
         self._generator.set_state(state_dict["generator"].cpu())
 
-    def _orders(self, tasks: int) -> list[list[int]]:
-        if tasks <= 2:
-            return [[other for other in range(tasks) if other != task] for task in range(tasks)]
-        keys = torch.rand(tasks, tasks, generator=self._generator, device=self._generator.device)
-        shuffled: list[list[int]] = keys.argsort(dim=1).tolist()
-        return [[other for other in row if other != task] for task, row in enumerate(shuffled)]
+    def _preferences_for(self, gramian: Tensor) -> Tensor:
+        if self._preferences is None:
+            return torch.ones(len(gramian), dtype=gramian.dtype, device=gramian.device)
+        if len(self._preferences) != len(gramian):
+            raise RuntimeError(
+                f"{len(self._preferences)} preferences were given for {len(gramian)} tasks"
+            )
+        return torch.tensor(self._preferences, dtype=gramian.dtype, device=gramian.device)
 
-    def _project(self, inner: list[list[float]], task: int, order: list[int]) -> list[float]:
-        """Return the coefficients of one projected gradient in terms of the original ones."""
-        coefficients = [0.0] * len(inner)
-        coefficients[task] = 1.0
-        smallest = self._epsilon_squared * inner[task][task]
-        products = inner[task][:]
-        for other in order:
-            if products[other] < 0 and inner[other][other] > smallest:
-                share = products[other] / inner[other][other]
-                coefficients[other] -= share
-                products = [
-                    product - share * row
-                    for product, row in zip(products, inner[other], strict=True)
-                ]
-        return coefficients
+    def _orders(self, tasks: int) -> Tensor:
+        """Return the partners of each task in random order; its own place in it means nothing."""
+        if tasks == 2:
+            return torch.tensor([[0, 1], [0, 1]])
+        keys = torch.rand(tasks, tasks, generator=self._generator, device=self._generator.device)
+        return keys.argsort(dim=1)
+
+
+def project_all(gramian: Tensor, orders: Tensor, epsilon: float, preferences: Tensor) -> Tensor:
+    """Return PCGrad's weights, the k-th projection of all gradients in one step.
+
+    Row ``t`` of ``coefficients`` holds projected gradient ``t`` in terms of the original ones, row
+    ``t`` of ``products`` its inner products with them.
+
+    :param gramian: n by n, float64.
+    :param orders: n by n; row ``t`` lists the partners of task ``t``, itself included.
+    :param epsilon: see :class:`PCGrad`.
+    :param preferences: n; how much each projected gradient counts.
+    :returns: n weights, float64.
+    """
+    tasks = torch.arange(len(gramian), device=gramian.device)
+    squares = gramian.diagonal()
+    coefficients = torch.eye(len(gramian), dtype=gramian.dtype, device=gramian.device)
+    products = gramian.clone()
+    for others in orders.T:
+        inner = products[tasks, others]
+        partner = squares[others]
+        conflicts = (inner < 0) & (partner > epsilon**2 * squares) & (others != tasks)
+        share = torch.where(conflicts, inner / partner, 0.0)
+        coefficients[tasks, others] -= share
+        products -= share.unsqueeze(1) * gramian[others]
+    return preferences @ coefficients

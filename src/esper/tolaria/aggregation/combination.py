@@ -1,0 +1,146 @@
+"""From the gradients of several tasks to one in ``.grad``."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from esper.tolaria.aggregation.base import Aggregator, finite_weights
+from esper.tolaria.aggregation.gradients import TaskGradients
+from esper.tolaria.aggregation.groups import Groups, columns_of
+from esper.tolaria.aggregation.pull import Features
+from esper.tolaria.aggregation.refreshed import Refreshed
+from esper.tolaria.aggregation.report import ConflictReport
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """The factor that a gradient scaler puts on every loss; it stays on its device."""
+
+    scaler: torch.amp.GradScaler | None = None
+    factor: Tensor | None = None
+
+    @classmethod
+    def of(cls, scaler: torch.amp.GradScaler | None, losses: Mapping[str, Tensor]) -> "LossScale":
+        """Return the scaler's present factor."""
+        if scaler is None:
+            return cls()
+        device = next(iter(losses.values())).device
+        return cls(scaler, scaler.scale(torch.ones((), device=device)).double())
+
+    def apply(self, losses: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the losses, scaled."""
+        if self.scaler is None:
+            return losses
+        return {task: self.scaler.scale(loss) for task, loss in losses.items()}
+
+    def unscaled(self, gramian: Tensor) -> Tensor:
+        """Return the Gramian of the gradients without the factor."""
+        return gramian if self.factor is None else gramian / self.factor**2
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Weighs task gradients and adds them to ``.grad``; see :func:`backward` for the fields."""
+
+    parameters: Sequence[Tensor]
+    aggregator: Aggregator
+    scale: LossScale
+    groups: Groups | None = None
+    heads: Sequence[Tensor] | None = None
+
+    def of(self, gradients: TaskGradients) -> ConflictReport:
+        """Combine gradients of the parameters themselves."""
+        shared, apart = self._split(gradients)
+        tasks = tuple(gradients.rows)
+        reports: dict[str, ConflictReport] = {}
+        for name, members in columns_of(self.groups, self.parameters, shared).items():
+            gramian = self.scale.unscaled(gradients.gramian(members))
+            weights = self._weights(gramian, tasks)
+            self._write(gradients, members, weights)
+            reports[name] = ConflictReport(tasks, gramian, weights)
+        self._write(gradients, apart, _ones(gradients, apart))
+        return self._summary(tasks, reports, self._squares(gradients, apart))
+
+    def at_features(self, features: Features) -> ConflictReport:
+        """Weigh by the gradients at the shared representation, and go on with their sum."""
+        tasks = tuple(features.heads.rows)
+        columns = range(len(features.graph.frontier))
+        gramian = self.scale.unscaled(features.at_frontier.gramian(columns))
+        weights = self._weights(gramian, tasks)
+        return self.reuse(features, gramian, weights)
+
+    def reuse(self, features: Features, gramian: Tensor, weights: Tensor) -> ConflictReport:
+        """Go on with weights that are known."""
+        tasks = tuple(features.heads.rows)
+        age = self.aggregator.age if isinstance(self.aggregator, Refreshed) else 0
+        features.through_trunk(weights)
+        heads = _reached(features.heads)
+        self._write(features.heads, heads, _ones(features.heads, heads))
+        squares = self._squares(features.heads, heads)
+        return ConflictReport(tasks, gramian, weights, age=age, squares_apart=squares)
+
+    def _split(self, gradients: TaskGradients) -> tuple[list[int], list[int]]:
+        """Return the parameters to project and those to leave as they are, of those reached."""
+        reached = {column: gradients.reached(column) for column in range(len(self.parameters))}
+        columns = [column for column, count in reached.items() if count]
+        if self.heads is not None:
+            named = {id(head) for head in self.heads}
+            apart = [column for column in columns if id(self.parameters[column]) in named]
+        elif len(gradients.rows) > 1:
+            apart = [column for column in columns if reached[column] == 1]
+        else:
+            apart = []
+        kept = set(apart)
+        return [column for column in columns if column not in kept], apart
+
+    def _weights(self, gramian: Tensor, tasks: tuple[str, ...]) -> Tensor:
+        if isinstance(self.aggregator, Refreshed):
+            return self.aggregator.refresh(gramian, tasks)
+        return finite_weights(self.aggregator, gramian, tasks)
+
+    def _write(self, gradients: TaskGradients, columns: Sequence[int], weights: Tensor) -> None:
+        if not columns:
+            return
+        with torch.no_grad():
+            into = [self.parameters[column].grad for column in columns]
+            sums = gradients.combine(columns, weights, into)
+            for column, total in zip(columns, sums, strict=True):
+                self.parameters[column].grad = total
+
+    def _squares(self, gradients: TaskGradients, columns: Sequence[int]) -> Tensor | None:
+        """Return the squared norm of each task over some columns, where a scaler asks for it."""
+        if self.scale.scaler is None:
+            return None
+        return self.scale.unscaled(gradients.gramian(columns).diagonal())
+
+    def _summary(
+        self, tasks: tuple[str, ...], reports: dict[str, ConflictReport], squares: Tensor | None
+    ) -> ConflictReport:
+        if self.groups is None:
+            whole = reports[""]
+            return ConflictReport(tasks, whole.gramian, whole.weights, squares_apart=squares)
+        return ConflictReport(
+            tasks,
+            torch.stack([report.gramian for report in reports.values()]).sum(0),
+            torch.stack([report.weights for report in reports.values()]),
+            groups=reports,
+            squares_apart=squares,
+        )
+
+
+def _reached(gradients: TaskGradients) -> list[int]:
+    width = len(next(iter(gradients.rows.values())))
+    return [column for column in range(width) if gradients.reached(column)]
+
+
+def _ones(gradients: TaskGradients, columns: Sequence[int]) -> Tensor:
+    """Return weights that add the gradients up, where they lie."""
+    device = "cpu"
+    for row in gradients.rows.values():
+        for column in columns:
+            gradient = row[column]
+            if gradient is not None:
+                return torch.ones(len(gradients.rows), dtype=torch.float64, device=gradient.device)
+    return torch.ones(len(gradients.rows), dtype=torch.float64, device=device)
