@@ -3,14 +3,16 @@
 import os
 import subprocess
 import sysconfig
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SOURCE = Path("src/esper/tolaria/aggregation/native.c")
-LIBRARY = SOURCE.with_name("libnative.so")
-FLAGS = ["-O3", "-shared", "-fPIC"]
+# The first shares torch's OpenMP threads, the second runs on one; native.py takes what loads.
+LIBRARIES = {"libnative.so": ["-fopenmp"], "libnative_serial.so": []}
+FLAGS = ["-O3", "-fPIC", "-Wno-unknown-pragmas"]
 
 
 class NativeKernels(BuildHookInterface[Any]):
@@ -19,25 +21,38 @@ class NativeKernels(BuildHookInterface[Any]):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile, and mark the wheel as made for this platform."""
         del version
-        root = Path(self.root)
-        if not compile_kernels(root / SOURCE, root / LIBRARY):
+        source = Path(self.root) / SOURCE
+        built = [
+            str(SOURCE.with_name(name))
+            for name, openmp in LIBRARIES.items()
+            if compile_kernels(source, source.with_name(name), openmp)
+        ]
+        if not built:
             self.app.display_warning("no C compiler works here: Esper will use torch's own kernels")
             return
-        build_data["artifacts"].append(str(LIBRARY))
+        build_data["artifacts"].extend(built)
         build_data["pure_python"] = False
         platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
         build_data["tag"] = f"py3-none-{platform}"
 
 
-def compile_kernels(source: Path, library: Path) -> bool:
-    """Compile with OpenMP, or else without; return whether there is a library."""
+def compile_kernels(source: Path, library: Path, openmp: list[str]) -> bool:
+    """Compile one library, and return whether that worked.
+
+    OpenMP is left out of the link on purpose. Its symbols are those of the runtime that torch has
+    loaded; with a second runtime, the idle threads of each would hold up the other's.
+    """
     compiler = os.environ.get("CC", "cc")
-    for openmp in (["-fopenmp"], []):
-        command = [compiler, *FLAGS, *openmp, "-o", str(library), str(source)]
-        try:
-            subprocess.run(command, check=True, capture_output=True)
-        except (OSError, subprocess.CalledProcessError):
-            continue
-        return True
-    library.unlink(missing_ok=True)
-    return False
+    with tempfile.TemporaryDirectory() as scratch:
+        objects = str(Path(scratch) / "native.o")
+        commands = (
+            [compiler, *FLAGS, *openmp, "-c", str(source), "-o", objects],
+            [compiler, "-shared", "-o", str(library), objects],
+        )
+        for command in commands:
+            try:
+                subprocess.run(command, check=True, capture_output=True)
+            except (OSError, subprocess.CalledProcessError):
+                library.unlink(missing_ok=True)
+                return False
+    return True

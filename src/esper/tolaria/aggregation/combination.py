@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from esper.tolaria.aggregation.base import Aggregator, finite_weights
-from esper.tolaria.aggregation.gradients import TaskGradients
+from esper.tolaria.aggregation.gradients import Part, TaskGradients
 from esper.tolaria.aggregation.groups import Groups, columns_of
 from esper.tolaria.aggregation.pull import Features
 from esper.tolaria.aggregation.refreshed import Refreshed
@@ -56,19 +56,17 @@ class Combination:
         tasks = tuple(gradients.rows)
         reports: dict[str, ConflictReport] = {}
         for name, members in columns_of(self.groups, self.parameters, shared).items():
-            gramian = self.scale.unscaled(gradients.gramian(members))
+            part = gradients.select(members)
+            gramian = self.scale.unscaled(part.gramian())
             weights = self._weights(gramian, tasks)
-            self._write(gradients, members, weights)
+            self._write(part, weights)
             reports[name] = ConflictReport(tasks, gramian, weights)
-        self._write(gradients, apart, _ones(gradients, apart))
-        return self._summary(tasks, reports, self._squares(gradients, apart))
+        return self._summary(tasks, reports, self._add_up(gradients, apart))
 
     def at_features(self, features: Features) -> ConflictReport:
         """Weigh by the gradients at the shared representation, and go on with their sum."""
-        tasks = tuple(features.heads.rows)
-        columns = range(len(features.graph.frontier))
-        gramian = self.scale.unscaled(features.at_frontier.gramian(columns))
-        weights = self._weights(gramian, tasks)
+        gramian = self.scale.unscaled(features.representation.gramian())
+        weights = self._weights(gramian, tuple(features.heads.rows))
         return self.reuse(features, gramian, weights)
 
     def reuse(self, features: Features, gramian: Tensor, weights: Tensor) -> ConflictReport:
@@ -76,22 +74,21 @@ class Combination:
         tasks = tuple(features.heads.rows)
         age = self.aggregator.age if isinstance(self.aggregator, Refreshed) else 0
         features.through_trunk(weights)
-        heads = _reached(features.heads)
-        self._write(features.heads, heads, _ones(features.heads, heads))
-        squares = self._squares(features.heads, heads)
+        reached = features.heads.reached()
+        squares = self._add_up(features.heads, [c for c, count in enumerate(reached) if count])
         return ConflictReport(tasks, gramian, weights, age=age, squares_apart=squares)
 
     def _split(self, gradients: TaskGradients) -> tuple[list[int], list[int]]:
         """Return the parameters to project and those to leave as they are, of those reached."""
-        reached = {column: gradients.reached(column) for column in range(len(self.parameters))}
-        columns = [column for column, count in reached.items() if count]
+        counts = gradients.reached()
+        columns = [column for column, count in enumerate(counts) if count]
         if self.heads is not None:
             named = {id(head) for head in self.heads}
             apart = [column for column in columns if id(self.parameters[column]) in named]
         elif len(gradients.rows) > 1:
-            apart = [column for column in columns if reached[column] == 1]
+            apart = [column for column in columns if counts[column] == 1]
         else:
-            apart = []
+            return columns, []
         kept = set(apart)
         return [column for column in columns if column not in kept], apart
 
@@ -100,20 +97,25 @@ class Combination:
             return self.aggregator.refresh(gramian, tasks)
         return finite_weights(self.aggregator, gramian, tasks)
 
-    def _write(self, gradients: TaskGradients, columns: Sequence[int], weights: Tensor) -> None:
-        if not columns:
-            return
+    def _write(self, part: Part, weights: Tensor) -> None:
+        parameters = [self.parameters[column] for column in part.columns]
         with torch.no_grad():
-            into = [self.parameters[column].grad for column in columns]
-            sums = gradients.combine(columns, weights, into)
-            for column, total in zip(columns, sums, strict=True):
-                self.parameters[column].grad = total
+            sums = part.combine(weights, [parameter.grad for parameter in parameters])
+        for parameter, total in zip(parameters, sums, strict=True):
+            parameter.grad = total
 
-    def _squares(self, gradients: TaskGradients, columns: Sequence[int]) -> Tensor | None:
-        """Return the squared norm of each task over some columns, where a scaler asks for it."""
+    def _add_up(self, gradients: TaskGradients, columns: Sequence[int]) -> Tensor | None:
+        """Add the plain sum of some columns to ``.grad``.
+
+        :returns: the squared norm of each task over them, where a scaler asks for it.
+        """
+        part = gradients.select(columns)
+        ones = torch.ones(len(gradients.rows), dtype=torch.float64)
+        if columns:
+            self._write(part, ones.to(self.parameters[columns[0]].device))
         if self.scale.scaler is None:
             return None
-        return self.scale.unscaled(gradients.gramian(columns).diagonal())
+        return self.scale.unscaled(part.gramian().diagonal())
 
     def _summary(
         self, tasks: tuple[str, ...], reports: dict[str, ConflictReport], squares: Tensor | None
@@ -128,19 +130,3 @@ class Combination:
             groups=reports,
             squares_apart=squares,
         )
-
-
-def _reached(gradients: TaskGradients) -> list[int]:
-    width = len(next(iter(gradients.rows.values())))
-    return [column for column in range(width) if gradients.reached(column)]
-
-
-def _ones(gradients: TaskGradients, columns: Sequence[int]) -> Tensor:
-    """Return weights that add the gradients up, where they lie."""
-    device = "cpu"
-    for row in gradients.rows.values():
-        for column in columns:
-            gradient = row[column]
-            if gradient is not None:
-                return torch.ones(len(gradients.rows), dtype=torch.float64, device=gradient.device)
-    return torch.ones(len(gradients.rows), dtype=torch.float64, device=device)

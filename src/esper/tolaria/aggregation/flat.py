@@ -62,7 +62,7 @@ def aggregate_weighted(grads: Sequence[Tensor], weights: Sequence[float] | Tenso
         raise RuntimeError(_NOTHING)
     values = weights.tolist() if isinstance(weights, Tensor) else list(weights)
     normalised = torch.tensor(check_weights(values, len(grads)), dtype=torch.float64)
-    return _combine(grads, normalised)
+    return _stack(grads).combine(normalised.to(grads[0].device))[0]
 
 
 def combine_flat_grads(
@@ -85,17 +85,24 @@ def combine_flat_grads(
     if not flats:
         raise RuntimeError(_NOTHING)
     shares = None if weights is None else check_weights(weights, len(flats))
-    rows = kernels.dense([[flat] for flat in flats])
-    gram = kernels.gramian(rows, [0])
+    stack = _stack(flats)
+    gram = stack.gramian()
     if use_pcgrad:
         result = PCGrad(generator, preferences=shares).weights(gram)
     else:
         ones = torch.ones(len(flats), dtype=torch.float64)
         result = (ones if shares is None else torch.tensor(shares).double()).to(gram.device)
     report = ConflictReport(tuple(str(index) for index in range(len(flats))), gram, result)
-    return kernels.combine(rows, [0], result, [None])[0], report.conflicts
+    return stack.combine(result)[0], report.conflicts
 
 
-def _combine(grads: Sequence[Tensor], weights: Tensor) -> Tensor:
-    rows = kernels.dense([[grad] for grad in grads])
-    return kernels.combine(rows, [0], weights.to(grads[0].device), [None])[0]
+def _stack(grads: Sequence[Tensor]) -> kernels.Selection:
+    """Check that the gradients match, and prepare them."""
+    first = grads[0]
+    for index, grad in enumerate(grads):
+        if (grad.shape, grad.dtype, grad.device) != (first.shape, first.dtype, first.device):
+            raise RuntimeError(
+                f"gradient {index} is {kernels.describe(grad)}, but gradient 0 is "
+                f"{kernels.describe(first)}; give all one shape, one dtype and one device"
+            )
+    return kernels.select(kernels.dense([[grad] for grad in grads]), [0])

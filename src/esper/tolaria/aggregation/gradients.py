@@ -1,15 +1,57 @@
 """The gradients of several tasks, before they become one."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from esper.tolaria.aggregation import kernels
-from esper.tolaria.aggregation.layer import Factors
+from esper.tolaria.aggregation.factors import Factors
 
-Row = list[Tensor | None]
+Row = Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some columns of the task gradients.
+
+    :ivar columns: which.
+    :ivar formed: those of them that are formed, in order.
+    :ivar factored: the others, by column.
+    """
+
+    columns: Sequence[int]
+    formed: kernels.Selection
+    factored: Mapping[int, Factors]
+
+    def gramian(self) -> Tensor:
+        """Return the inner products of the tasks' gradients; n by n, float64."""
+        gram = self.formed.gramian()
+        for factors in self.factored.values():
+            gram = gram + factors.gramian()
+        return gram
+
+    def combine(self, weights: Tensor, into: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+        """Return the weighted sum of each column, added to ``into`` where that is given.
+
+        :param weights: one for each task, float64.
+        """
+        if not self.factored:
+            return self.formed.combine(weights, into)
+        targets = [None] * len(self.columns) if into is None else into
+        formed = [
+            target
+            for column, target in zip(self.columns, targets, strict=True)
+            if column not in self.factored
+        ]
+        sums = iter(self.formed.combine(weights, formed))
+        return [
+            self.factored[column].combine(weights, target)
+            if column in self.factored
+            else next(sums)
+            for column, target in zip(self.columns, targets, strict=True)
+        ]
 
 
 @dataclass
@@ -24,36 +66,29 @@ class TaskGradients:
     rows: dict[str, Row]
     factored: dict[int, Factors] = field(default_factory=dict)
 
-    def reached(self, column: int) -> int:
-        """Return how many tasks reach a parameter."""
-        if column in self.factored:
-            return len(self.rows)
-        return sum(row[column] is not None for row in self.rows.values())
+    def reached(self) -> list[int]:
+        """Return how many tasks reach each parameter."""
+        rows = list(self.rows.values())
+        counts = [0] * len(rows[0])
+        for row in rows:
+            for column, gradient in enumerate(row):
+                if gradient is not None:
+                    counts[column] += 1
+        for column in self.factored:
+            counts[column] = len(rows)
+        return counts
 
-    def gramian(self, columns: Iterable[int]) -> Tensor:
-        """Return the inner products of the tasks' gradients over some columns; n by n, float64."""
-        columns = list(columns)
-        formed = [column for column in columns if column not in self.factored]
-        gram = kernels.gramian(self._listed(), formed)
-        for column in columns:
-            if column in self.factored:
-                gram = gram + self.factored[column].gramian()
-        return gram
+    def select(self, columns: Sequence[int]) -> Part:
+        """Return some columns.
 
-    def combine(
-        self, columns: Sequence[int], weights: Tensor, into: Sequence[Tensor | None]
-    ) -> list[Tensor]:
-        """Return the weighted sum of each of some columns, added to ``into`` where it is given."""
-        targets = dict(zip(columns, into, strict=True))
-        formed = [column for column in columns if column not in self.factored]
-        sums = kernels.combine(
-            self._listed(), formed, weights, [targets[column] for column in formed]
-        )
-        results = dict(zip(formed, sums, strict=True))
-        for column in columns:
-            if column in self.factored:
-                results[column] = self.factored[column].combine(weights, targets[column])
-        return [results[column] for column in columns]
+        :param columns: each is reached by some task.
+        :raises RuntimeError: the gradients lie on several devices.
+        """
+        rows = list(self.rows.values())
+        factored = {column: self.factored[column] for column in columns if column in self.factored}
+        formed = [column for column in columns if column not in factored]
+        selection = kernels.select(rows, formed) if formed else kernels.Selection(len(rows), 0, ())
+        return Part(columns, selection, factored)
 
     def extend(self, other: "TaskGradients") -> None:
         """Add the gradients of another micro-batch; a task may be missing from either.
@@ -61,10 +96,8 @@ class TaskGradients:
         :raises RuntimeError: a gradient is in factors for one micro-batch and formed for the other.
         """
         width = len(next(iter(other.rows.values())))
-        for task in other.rows:
-            self.rows.setdefault(task, [None] * width)
         for task, row in other.rows.items():
-            _add(self.rows[task], row)
+            self.rows[task] = _sum(self.rows.get(task, [None] * width), row)
         if not self.factored and not other.factored:
             return
         if self.factored.keys() != other.factored.keys() or list(self.rows) != list(other.rows):
@@ -75,30 +108,18 @@ class TaskGradients:
         for column, factors in other.factored.items():
             self.factored[column] = self.factored[column].extend(factors)
 
-    def _listed(self) -> list[Row]:
-        return list(self.rows.values())
 
+def formed(losses: Mapping[str, Tensor], rows: Sequence[Row]) -> TaskGradients:
+    """Return gradients that are all formed.
 
-def formed(losses: Mapping[str, Tensor], rows: Sequence[Sequence[Tensor | None]]) -> TaskGradients:
-    """Return gradients that are all formed, checked for what can't be combined.
-
-    :raises RuntimeError: a gradient is sparse, or shapes, dtypes or devices don't match.
+    :raises RuntimeError: a gradient is sparse.
     """
-    for task, row in zip(losses, rows, strict=True):
-        for column, gradient in enumerate(row):
-            if gradient is not None and gradient.is_sparse:
-                raise RuntimeError(
-                    f"task {task!r} has a sparse gradient for parameter {column}; build its "
-                    "embedding with sparse=False to aggregate several tasks"
-                )
     return TaskGradients(dict(zip(losses, kernels.dense(rows), strict=True)))
 
 
-def _add(row: Row, other: Row) -> None:
-    for column, gradient in enumerate(other):
-        held = row[column]
-        if held is None:
-            row[column] = gradient
-        elif gradient is not None:
-            # Not in place: autograd may have handed out one tensor for two parameters.
-            row[column] = torch.add(held, gradient)
+def _sum(first: Row, second: Row) -> Row:
+    # Not in place: autograd may have handed out one tensor for two parameters.
+    return [
+        one if other is None else other if one is None else torch.add(one, other)
+        for one, other in zip(first, second, strict=True)
+    ]

@@ -4,7 +4,8 @@ Gradients are rows: tasks by parameters, None where a task does not reach a para
 the compiled kernels stream them; elsewhere, and where nothing was compiled, torch does.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,105 +20,174 @@ Row = Sequence[Tensor | None]
 _SAFE_MEAN_SQUARE = 1e-30
 
 
-def gramian(rows: Sequence[Row], columns: Sequence[int]) -> Tensor:
-    """Return the inner products of the rows over some columns.
+@dataclass(frozen=True)
+class Stack:
+    """Gradients of one dtype on one device, dense and alike in each column; see :func:`dense`.
 
-    Within 4096 elements, float32 and half precision gradients are multiplied and added in float32;
-    across, in float64. Where the scale of a gradient would make float32 over- or underflow, all is
-    computed in float64.
-
-    :param rows: dense gradients; see :func:`dense`.
-    :param columns: the columns to take into account.
-    :returns: n by n, float64, on the device of the gradients.
+    :ivar rows: tasks by columns.
+    :ivar places: where each column stands in the selection that the stack is part of.
+    :ivar samples: a gradient of each column.
     """
-    result: Tensor | None = None
-    for group in _by_dtype(rows, columns):
-        part = _gramian(rows, group)
-        result = part if result is None else result + part
-    if result is None:
-        return torch.zeros(len(rows), len(rows), dtype=torch.float64, device=device_of(rows))
-    return result
 
+    rows: Sequence[Row]
+    places: Sequence[int]
+    samples: Sequence[Tensor]
+    lengths: Sequence[int]
+    table: native.Table | None
 
-def combine(
-    rows: Sequence[Row], columns: Sequence[int], weights: Tensor, into: Sequence[Tensor | None]
-) -> list[Tensor]:
-    """Return the weighted sum of some columns, computed in float32 or better.
+    @classmethod
+    def of(cls, rows: Sequence[Row], places: Sequence[int], samples: Sequence[Tensor]) -> "Stack":
+        """Prepare both passes.
 
-    :param rows: dense gradients.
-    :param columns: the columns to combine; each has at least one gradient.
-    :param weights: one for each task, float64.
-    :param into: for each of ``columns``, a tensor that the sum is added to, or None for a new one.
-    """
-    results: dict[int, Tensor] = {}
-    targets = dict(zip(columns, into, strict=True))
-    for group in _by_dtype(rows, columns):
-        tensors: list[Tensor] = []
+        :raises RuntimeError: the gradients are not floating-point numbers.
+        """
+        first = samples[0]
+        if not first.dtype.is_floating_point:
+            raise RuntimeError(f"a gradient is {describe(first)}; give real gradients")
+        lengths = [sample.numel() for sample in samples]
+        compiled = (
+            first.device.type == "cpu"
+            and first.dtype in native.TYPES
+            and native.available(len(rows))
+        )
+        table = native.Table.of(rows, lengths, first.dtype) if compiled else None
+        return cls(rows, places, samples, lengths, table)
+
+    def gramian(self) -> Tensor:
+        """Return the inner products of the rows; n by n, float64."""
+        if self.table is None:
+            return bucket.gramian(self.rows, self.lengths)
+        result = self.table.gramian(wide=False)
+        squares = result.diagonal()
+        smallest = _SAFE_MEAN_SQUARE * sum(self.lengths)
+        if not np.isfinite(squares).all() or squares.min() < smallest:
+            result = self.table.gramian(wide=True)
+        return torch.from_numpy(result)
+
+    def combine(self, weights: Tensor, into: Sequence[Tensor | None]) -> list[Tensor]:
+        """Return the weighted sum of each column, added to ``into`` where that is given."""
+        targets: list[Tensor] = []
         add: list[bool] = []
-        for column in group:
-            gradient = _first(rows, column)
-            target = targets[column]
-            usable = target is not None and _alike(target, gradient)
-            tensors.append(target if target is not None and usable else torch.empty_like(gradient))
+        for sample, target in zip(self.samples, into, strict=True):
+            usable = target is not None and _alike(target, sample)
+            targets.append(target if target is not None and usable else torch.empty_like(sample))
             add.append(usable)
-        _combine([[row[column] for column in group] for row in rows], weights, tensors, add)
-        results.update(zip(group, tensors, strict=True))
-    return [_settle(results[column], targets[column]) for column in columns]
+        if self.table is None:
+            bucket.combine(self.rows, weights, targets, add)
+        else:
+            self.table.combine(weights.numpy().astype(np.float64, copy=False), targets, add)
+        return [_settle(total, target) for total, target in zip(targets, into, strict=True)]
 
 
-def dense(rows: Sequence[Row]) -> list[list[Tensor | None]]:
+@dataclass(frozen=True)
+class Selection:
+    """Some columns of the task gradients."""
+
+    tasks: int
+    width: int
+    stacks: Sequence[Stack]
+
+    def gramian(self) -> Tensor:
+        """Return the inner products of the rows.
+
+        Within 4096 elements, float32 gradients are multiplied and added in float32; across, and
+        for all other types, in float64. Where the scale of a gradient would make float32 over- or
+        underflow, all is computed in float64.
+
+        :returns: n by n, float64, on the device of the gradients.
+        """
+        if not self.stacks:
+            return torch.zeros(self.tasks, self.tasks, dtype=torch.float64)
+        result = self.stacks[0].gramian()
+        for stack in self.stacks[1:]:
+            result = result + stack.gramian()
+        return result
+
+    def combine(self, weights: Tensor, into: Sequence[Tensor | None] | None = None) -> list[Tensor]:
+        """Return the weighted sum of each column.
+
+        :param weights: one for each task, float64.
+        :param into: a tensor for each column that the sum is added to, or None for a new one.
+        """
+        targets = [None] * self.width if into is None else into
+        if len(self.stacks) == 1:
+            return self.stacks[0].combine(weights, targets)
+        results: list[Tensor | None] = [None] * self.width
+        for stack in self.stacks:
+            sums = stack.combine(weights, [targets[place] for place in stack.places])
+            for place, total in zip(stack.places, sums, strict=True):
+                results[place] = total
+        return [total for total in results if total is not None]
+
+
+def select(rows: Sequence[Row], columns: Sequence[int]) -> Selection:
+    """Return some columns of dense gradients.
+
+    :param columns: each has at least one gradient.
+    :raises RuntimeError: the gradients lie on several devices, or are not real.
+    """
+    chosen = [[row[column] for column in columns] for row in rows]
+    samples = [
+        gradient if gradient is not None else _sample(rows, column)
+        for gradient, column in zip(chosen[0], columns, strict=True)
+    ]
+    groups: dict[torch.dtype, list[int]] = {}
+    for place, sample in enumerate(samples):
+        if sample.device != samples[0].device:
+            raise RuntimeError(
+                f"the gradient of parameter {columns[place]} is {describe(sample)}, that of "
+                f"parameter {columns[0]} on {samples[0].device}; aggregate the parameters of each "
+                "device apart"
+            )
+        groups.setdefault(sample.dtype, []).append(place)
+    if len(groups) == 1:
+        return Selection(len(rows), len(columns), [Stack.of(chosen, range(len(columns)), samples)])
+    stacks = [
+        Stack.of([[row[p] for p in places] for row in chosen], places, [samples[p] for p in places])
+        for places in groups.values()
+    ]
+    return Selection(len(rows), len(columns), stacks)
+
+
+def dense(rows: Sequence[Row]) -> Sequence[Row]:
     """Return the rows with gradients that lie in memory without gaps, alike in each column.
 
-    :raises RuntimeError: gradients of one parameter differ in shape, dtype or device, or the
-        gradients lie on several devices.
+    :param rows: gradients that autograd returned: alike in shape and dtype in each column.
+    :raises RuntimeError: a gradient is sparse.
     """
-    result = [list(row) for row in rows]
-    device = device_of(rows)
-    for column in range(len(rows[0])):
-        present = [task for task, row in enumerate(rows) if row[column] is not None]
-        if present:
-            _align(result, column, present, device)
-    return result
+    if all(gradient is None or _is_plain(gradient) for row in rows for gradient in row):
+        return rows
+    columns = [
+        _align(column, gradients) for column, gradients in enumerate(zip(*rows, strict=True))
+    ]
+    return list(zip(*columns, strict=True))
 
 
-def device_of(rows: Sequence[Row]) -> torch.device:
-    """Return the device of the first gradient; the CPU if there is none."""
-    for row in rows:
-        for gradient in row:
-            if gradient is not None:
-                return gradient.device
-    return torch.device("cpu")
+def describe(tensor: Tensor) -> str:
+    """Name dtype, shape and device, for errors."""
+    kind = str(tensor.dtype).removeprefix("torch.")
+    return f"{kind} of shape {tuple(tensor.shape)} on {tensor.device}"
 
 
-def _align(
-    rows: list[list[Tensor | None]], column: int, present: list[int], device: torch.device
-) -> None:
-    first = rows[present[0]][column]
-    if first is not None and not first.dtype.is_floating_point:
-        raise RuntimeError(f"gradient {column} is {_describe(first)}; give real gradients")
-    for task in present:
-        gradient = rows[task][column]
-        if first is None or gradient is None:
-            continue
-        if (gradient.shape, gradient.dtype, gradient.device) != (first.shape, first.dtype, device):
+def _is_plain(gradient: Tensor) -> bool:
+    return gradient.layout is torch.strided and gradient.is_contiguous()
+
+
+def _align(column: int, gradients: Row) -> Row:
+    present = [gradient for gradient in gradients if gradient is not None]
+    for gradient in present:
+        if gradient.layout is not torch.strided:
             raise RuntimeError(
-                f"gradient {column} of task {task} is {_describe(gradient)}, but "
-                f"{_describe(first)} on {device} was expected; give all tasks' gradients one "
-                "shape, one dtype and one device"
+                f"the gradient of parameter {column} is sparse; build its embedding with "
+                "sparse=False to aggregate several tasks"
             )
-    if not all(_in_order(rows[task][column], first) for task in present):
-        for task in present:
-            gradient = rows[task][column]
-            rows[task][column] = None if gradient is None else gradient.contiguous()
-
-
-def _in_order(gradient: Tensor | None, first: Tensor | None) -> bool:
-    """Whether a gradient has no gaps and its elements lie in the same order as the first's."""
-    if gradient is None or first is None:
-        return True
-    if gradient.is_contiguous():
-        return first.is_contiguous()
-    return gradient.stride() == first.stride() and _is_channels_last(gradient)
+    if all(gradient.is_contiguous() for gradient in present):
+        return gradients
+    # Without gaps and in one order, such as channels last: as good as contiguous.
+    strides = {gradient.stride() for gradient in present}
+    if len(strides) == 1 and _is_channels_last(present[0]):
+        return gradients
+    return [None if gradient is None else gradient.contiguous() for gradient in gradients]
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -136,52 +206,9 @@ def _settle(result: Tensor, target: Tensor | None) -> Tensor:
     return result if target is None or target is result else target.add_(result)
 
 
-def _by_dtype(rows: Sequence[Row], columns: Sequence[int]) -> Iterator[list[int]]:
-    groups: dict[torch.dtype, list[int]] = {}
-    for column in columns:
-        groups.setdefault(_first(rows, column).dtype, []).append(column)
-    yield from groups.values()
-
-
-def _first(rows: Sequence[Row], column: int) -> Tensor:
+def _sample(rows: Sequence[Row], column: int) -> Tensor:
     for row in rows:
         gradient = row[column]
         if gradient is not None:
             return gradient
     raise RuntimeError(f"no gradients available for aggregation of parameter {column}")
-
-
-def _compiled(tensor: Tensor, tasks: int) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype in native.TYPES and native.available(tasks)
-
-
-def _gramian(rows: Sequence[Row], columns: Sequence[int]) -> Tensor:
-    """Return the Gramian over columns of one dtype."""
-    chosen = [[row[column] for column in columns] for row in rows]
-    firsts = [_first(rows, column) for column in columns]
-    lengths = [first.numel() for first in firsts]
-    if not _compiled(firsts[0], len(rows)):
-        return bucket.gramian(chosen, lengths)
-    table = native.Table.of(chosen, lengths)
-    result = table.gramian(wide=False)
-    squares = result.diagonal()
-    if not np.isfinite(squares).all() or (squares < _SAFE_MEAN_SQUARE * sum(lengths)).any():
-        result = table.gramian(wide=True)
-    return torch.from_numpy(result)
-
-
-def _combine(
-    rows: Sequence[Row], weights: Tensor, targets: Sequence[Tensor], add: Sequence[bool]
-) -> None:
-    """Combine columns of one dtype."""
-    lengths = [target.numel() for target in targets]
-    if not _compiled(targets[0], len(rows)):
-        bucket.combine(rows, weights, targets, add)
-        return
-    table = native.Table.of(rows, lengths)
-    table.combine(weights.numpy().astype(np.float64, copy=False), targets, add)
-
-
-def _describe(tensor: Tensor) -> str:
-    kind = str(tensor.dtype).removeprefix("torch.")
-    return f"{kind} of shape {tuple(tensor.shape)} on {tensor.device}"

@@ -1,8 +1,9 @@
 /* Gramian and combination of task gradients at the speed of memory.
 
    Gradients come as a table of pointers, tasks by parameters; a null pointer is a gradient of
-   zeros. Each chunk of columns is read once into the cache and multiplied there, in float32 within
-   the chunk and in float64 across chunks, so that long sums lose nothing. */
+   zeros. For the Gramian each chunk of columns is read once into the cache and multiplied there, in
+   float32 within the chunk and in float64 across chunks, so that long sums lose nothing. The
+   combination adds in float64 and rounds once: memory is slower than that. */
 
 #include <stdint.h>
 #include <string.h>
@@ -25,6 +26,7 @@ static const int WIDTH[] = {4, 8, 2, 2};
 static const char ZEROS[CHUNK * sizeof(double)];
 
 typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float half_floats __attribute__((vector_size(32), aligned(4), may_alias));
 typedef double doubles __attribute__((vector_size(64), aligned(8), may_alias));
 
 struct table {
@@ -142,25 +144,30 @@ DISPATCH void gramian_chunk(const struct table *table, int64_t column, int64_t s
     tile_floats((const float *const *)rows, padded, n, out);
 }
 
-#define WAVE 256 /* float32 numbers that are summed in registers at a time */
-INLINE void combine_floats(const float *const *rows, int64_t count, const float *weights,
+#define AHEAD 256
+#define WAVE 64 /* float32 numbers that are summed in registers, in float64, at a time */
+INLINE void combine_floats(const float *const *rows, int64_t count, const double *weights,
                            float *target, int accumulate, int64_t n) {
   int64_t k = 0;
   for (; k + WAVE <= n; k += WAVE) {
-    floats sum[WAVE / 16] = {0};
-    for (int64_t task = 0; task < count; task++)
-      for (int i = 0; i < WAVE / 16; i++) {
-        sum[i] += weights[task] * *(const floats *)(rows[task] + k + 16 * i);
-        __builtin_prefetch(rows[task] + k + WAVE + 16 * i);
-      }
+    doubles sum[WAVE / 8] = {0};
     if (accumulate)
-      for (int i = 0; i < WAVE / 16; i++) sum[i] += *(floats *)(target + k + 16 * i);
-    for (int i = 0; i < WAVE / 16; i++) *(floats *)(target + k + 16 * i) = sum[i];
+      for (int i = 0; i < WAVE / 8; i++)
+        sum[i] = __builtin_convertvector(*(const half_floats *)(target + k + 8 * i), doubles);
+    for (int64_t task = 0; task < count; task++)
+      for (int i = 0; i < WAVE / 8; i++) {
+        const half_floats row = *(const half_floats *)(rows[task] + k + 8 * i);
+        sum[i] += weights[task] * __builtin_convertvector(row, doubles);
+        /* Many rows at once are more streams than the processor would foresee by itself. */
+        if (i % 2 == 0) __builtin_prefetch(rows[task] + k + AHEAD + 8 * i);
+      }
+    for (int i = 0; i < WAVE / 8; i++)
+      *(half_floats *)(target + k + 8 * i) = __builtin_convertvector(sum[i], half_floats);
   }
   for (; k < n; k++) {
-    float sum = accumulate ? target[k] : 0;
+    double sum = accumulate ? target[k] : 0;
     for (int64_t task = 0; task < count; task++) sum += weights[task] * rows[task][k];
-    target[k] = sum;
+    target[k] = (float)sum;
   }
 }
 
@@ -178,7 +185,6 @@ INLINE void combine_others(const void *const *rows, int64_t count, const double 
 DISPATCH void combine_chunk(const struct table *table, int64_t column, int64_t start, int64_t n,
                             const double *weights, char *target, int accumulate) {
   const void *rows[MAX_TASKS];
-  float single[MAX_TASKS];
   double present[MAX_TASKS];
   const int64_t offset = start * WIDTH[table->type];
   int64_t count = 0;
@@ -186,11 +192,10 @@ DISPATCH void combine_chunk(const struct table *table, int64_t column, int64_t s
     const char *pointer = table->pointers[task * table->columns + column];
     if (!pointer) continue;
     rows[count] = pointer + offset;
-    present[count] = weights[task];
-    single[count++] = (float)weights[task];
+    present[count++] = weights[task];
   }
   if (table->type == FLOAT32)
-    combine_floats((const float *const *)rows, count, single, (float *)(target + offset),
+    combine_floats((const float *const *)rows, count, present, (float *)(target + offset),
                    accumulate, n);
   else
     combine_others(rows, count, present, table->type, target + offset, accumulate, n);

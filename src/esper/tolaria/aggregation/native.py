@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_LIBRARY = Path(__file__).with_name("libnative.so")
+_LIBRARIES = ("libnative.so", "libnative_serial.so")
 _NUMBER, _ADDRESS, _INT, _DOUBLE = (
     ctypes.c_int64,
     ctypes.c_void_p,
@@ -37,13 +37,11 @@ class Table:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[Tensor | None]], lengths: Sequence[int]) -> "Table":
-        """Describe gradients that are dense, with equal strides in each column.
-
-        :param rows: tasks by columns; not all None.
-        """
+    def of(
+        cls, rows: Sequence[Sequence[Tensor | None]], lengths: Sequence[int], dtype: torch.dtype
+    ) -> "Table":
+        """Describe gradients that are dense, with equal strides in each column."""
         addresses = [[0 if g is None else g.data_ptr() for g in row] for row in rows]
-        dtype = next(g.dtype for row in rows for g in row if g is not None)
         return cls(np.array(addresses, np.uint64), np.array(lengths, np.int64), dtype)
 
     def _arguments(self) -> tuple[int, ...]:
@@ -116,18 +114,24 @@ def pcgrad_weights(
 
 
 def available(tasks: int = 2) -> bool:
-    """Return whether the kernels were built, for so many tasks."""
-    return _built() and tasks <= _library().max_tasks
+    """Return whether there are kernels for so many tasks."""
+    kernels = _load()
+    return kernels is not None and tasks <= kernels.max_tasks
 
 
-@cache
-def _built() -> bool:
-    return _LIBRARY.exists()
+def describe() -> str:
+    """Say which kernels serve on the CPU."""
+    kernels = _load()
+    if kernels is None:
+        return "torch's own; Esper's were not compiled when it was installed"
+    return f"compiled, {'on all threads' if kernels.name == _LIBRARIES[0] else 'on one thread'}"
 
 
 class _Kernels:
-    def __init__(self, path: Path) -> None:
-        library = ctypes.CDLL(str(path))
+    def __init__(self, name: str) -> None:
+        # The OpenMP symbols that the first needs are found in torch, which is loaded already.
+        library = ctypes.CDLL(str(Path(__file__).with_name(name)))
+        self.name = name
         self.gramian = _void(library.esper_gramian, [*_TABLE, *[_ADDRESS] * 2])
         self.combine = _void(library.esper_combine, [*_TABLE, *[_ADDRESS] * 3])
         self.pcgrad = _void(
@@ -144,5 +148,17 @@ def _void(function: Any, arguments: list[Any]) -> Any:  # noqa: ANN401 - ctypes 
 
 
 @cache
+def _load() -> _Kernels | None:
+    for name in _LIBRARIES:
+        try:
+            return _Kernels(name)
+        except OSError:
+            continue
+    return None
+
+
 def _library() -> _Kernels:
-    return _Kernels(_LIBRARY)
+    kernels = _load()
+    if kernels is None:
+        raise RuntimeError("the compiled kernels are not there; ask available() first")
+    return kernels

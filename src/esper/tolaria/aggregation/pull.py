@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from esper.tolaria.aggregation.gradients import Row, TaskGradients, formed
+from esper.tolaria.aggregation.gradients import Part, Row, TaskGradients, formed
 from esper.tolaria.aggregation.graph import SharedGraph, shared_graph
 from esper.tolaria.aggregation.layer import wide_layers
 
@@ -26,25 +26,23 @@ _DONATED = "donated buffers"
 class Features:
     """Gradients at the shared representation, with what is needed to go on from there.
 
-    :ivar heads: gradients of the parameters that one task alone reaches; zero, and so absent, for
-        all others.
-    :ivar at_frontier: gradients where the tasks' graphs meet, a column for each edge.
+    :ivar heads: gradients of the parameters that one task alone reaches; None for all others.
+    :ivar representation: gradients where the tasks' graphs meet, a column for each edge of the
+        frontier that some task reaches.
     """
 
     graph: SharedGraph
     parameters: Sequence[Tensor]
     heads: TaskGradients
-    at_frontier: TaskGradients
+    representation: Part
 
     def through_trunk(self, weights: Tensor) -> None:
         """Accumulate the weighted gradient of the shared parameters, by one pass of the trunk."""
         shared = [self.parameters[index] for index in self.graph.shared]
-        edges = self.graph.frontier
-        columns = [column for column in range(len(edges)) if self.at_frontier.reached(column)]
-        if not shared or not columns:
-            return
-        sums = self.at_frontier.combine(columns, weights, [None] * len(columns))
-        torch.autograd.backward([edges[column] for column in columns], sums, inputs=shared)
+        edges = [self.graph.frontier[column] for column in self.representation.columns]
+        if shared and edges:
+            sums = self.representation.combine(weights)
+            torch.autograd.backward(edges, sums, inputs=shared)
 
 
 def sequential(losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> TaskGradients:
@@ -59,15 +57,18 @@ def sequential(losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> Ta
 
 def batched(losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> TaskGradients:
     """Pull through each head once, then through the trunk with all tasks in one vectorised pass."""
-    features = at_features(losses, parameters)
-    graph = features.graph
-    stacked = [_stack(features, column) for column in range(len(graph.frontier))]
-    targets = [parameters[index] for index in graph.shared]
-    together = _vectorised(graph.frontier, targets, stacked)
-    for task, row in enumerate(features.heads.rows.values()):
+    graph = shared_graph(list(losses.values()), parameters)
+    heads, arriving = _through_heads(losses, parameters, graph)
+    reached = [edge for edge in range(len(graph.frontier)) if any(_present(arriving, edge))]
+    together = _vectorised(
+        [graph.frontier[edge] for edge in reached],
+        [parameters[index] for index in graph.shared],
+        [_fill([row[edge] for row in arriving]) for edge in reached],
+    )
+    for task, row in enumerate(heads):
         for index, gradients in zip(graph.shared, together, strict=True):
             row[index] = None if gradients is None else gradients[task]
-    return formed(losses, list(features.heads.rows.values()))
+    return formed(losses, heads)
 
 
 def factored(losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> TaskGradients:
@@ -108,18 +109,32 @@ EXACT: dict[str, Callable[[Mapping[str, Tensor], Sequence[Tensor]], TaskGradient
 def at_features(losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> Features:
     """Pull each task's gradient through its head, as far as the shared representation."""
     graph = shared_graph(list(losses.values()), parameters)
+    heads, arriving = _through_heads(losses, parameters, graph)
+    reached = [edge for edge in range(len(graph.frontier)) if any(_present(arriving, edge))]
+    representation = formed(losses, arriving).select(reached)
+    return Features(graph, parameters, formed(losses, heads), representation)
+
+
+def _through_heads(
+    losses: Mapping[str, Tensor], parameters: Sequence[Tensor], graph: SharedGraph
+) -> tuple[list[list[Tensor | None]], list[list[Tensor | None]]]:
+    """Return for each task the gradients of its own parameters, and those at the frontier."""
     edges = len(graph.frontier)
-    heads: list[Row] = []
-    frontier: list[_Grads] = []
+    heads: list[list[Tensor | None]] = []
+    arriving: list[list[Tensor | None]] = []
     for loss, own in zip(losses.values(), graph.own, strict=True):
         targets: list[Tensor | GradientEdge] = [
             *graph.frontier,
             *(parameters[index] for index in own),
         ]
         row = _pull([loss], targets, None, keep=True)
-        frontier.append(row[:edges])
+        arriving.append(row[:edges])
         heads.append(_spread(row[edges:], own, len(parameters)))
-    return Features(graph, parameters, formed(losses, heads), formed(losses, frontier))
+    return heads, arriving
+
+
+def _present(rows: Sequence[_Grads], column: int) -> list[bool]:
+    return [row[column] is not None for row in rows]
 
 
 def _pull(
@@ -164,18 +179,14 @@ def _vectorised(
     return list(cast("_Grads", row))
 
 
-def _stack(features: Features, column: int) -> Tensor:
-    return _fill([row[column] for row in features.at_frontier.rows.values()])
-
-
 def _fill(gradients: _Grads) -> Tensor:
     """Stack, with zeros for tasks that do not reach this place."""
     known = next(gradient for gradient in gradients if gradient is not None)
     return torch.stack([torch.zeros_like(known) if g is None else g for g in gradients])
 
 
-def _spread(row: _Grads, indices: Sequence[int], width: int) -> Row:
-    result: Row = [None] * width
+def _spread(row: _Grads, indices: Sequence[int], width: int) -> list[Tensor | None]:
+    result: list[Tensor | None] = [None] * width
     for index, gradient in zip(indices, row, strict=True):
         result[index] = gradient
     return result
