@@ -26,3 +26,15 @@ def test_bad_weights_are_refused(weights: list[float], message: str) -> None:
 def test_a_wrong_number_of_weights_is_refused() -> None:
     with pytest.raises(RuntimeError, match="2 weights were given for 3 tasks"):
         Weighted([1, 1]).weights(torch.eye(3).double())
+
+
+def test_weights_by_name_follow_the_tasks_that_are_present() -> None:
+    aggregator = Weighted({"a": 1, "b": 3, "c": 4})
+    assert aggregator.for_tasks(["b", "a"]).weights(torch.eye(2).double()).tolist() == [0.75, 0.25]
+    assert aggregator.for_tasks(["a", "b", "c"]) is aggregator
+    with pytest.raises(RuntimeError, match=r"no weight for task 'd'; known: \['a', 'b', 'c'\]"):
+        aggregator.for_tasks(["d"])
+
+
+def test_huge_weights_do_not_overflow() -> None:
+    assert Weighted([1e308, 1e308]).weights(torch.eye(2).double()).tolist() == [0.5, 0.5]

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper.tolaria.aggregation import PCGrad
+from esper.tolaria.aggregation.pcgrad import project_all
 from tolaria.aggregation.textbook import textbook_pcgrad
 
 
@@ -28,7 +29,7 @@ def test_task_space_equals_the_paper_on_whole_vectors(
     rows = matrix(tasks, size, seed, scales)
     aggregator = PCGrad(torch.Generator().manual_seed(seed))
     orders = PCGrad(torch.Generator().manual_seed(seed))._orders(tasks)
-    expected = textbook_pcgrad(list(rows), orders)
+    expected = textbook_pcgrad(list(rows), orders.tolist())
     difference = (combined(rows, aggregator) - expected).norm()
     assert difference <= 1e-6 * rows.norm(dim=1).max()
 
@@ -107,3 +108,64 @@ def test_mean_divides_by_the_tasks() -> None:
 def test_an_unknown_reduction_is_refused() -> None:
     with pytest.raises(RuntimeError, match="'max'"):
         PCGrad(reduction="max")  # type: ignore[arg-type]
+
+
+@given(tasks=st.integers(2, 40), seed=st.integers(0, 2**31))
+def test_compiled_and_vectorised_projections_agree(tasks: int, seed: int) -> None:
+    rows = matrix(tasks, 30, seed, [1.0, 1e-6, 30.0] * 14)
+    preferences = [1.0 + task % 3 for task in range(tasks)]
+    aggregator = PCGrad(torch.Generator().manual_seed(seed), preferences=preferences)
+    orders = PCGrad(torch.Generator().manual_seed(seed))._orders(tasks)
+    vectorised = project_all(
+        rows @ rows.T, orders, 1e-100, torch.tensor(preferences, dtype=torch.float64)
+    )
+    torch.testing.assert_close(aggregator.weights(rows @ rows.T), vectorised, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kernels_in_use", ["compiled", "torch"], indirect=True)
+def test_partners_below_epsilon_are_left_out(kernels_in_use: str) -> None:
+    rows = torch.tensor([[1.0, 0.0], [-1e-4, 1e-4]]).double()
+    assert PCGrad(epsilon=1e-3).weights(rows @ rows.T)[1] == 1
+    assert PCGrad(epsilon=1e-5).weights(rows @ rows.T)[1] > 1000
+
+
+def test_each_gradient_draws_an_order_of_its_own() -> None:
+    orders = PCGrad()._orders(20)
+    assert all(sorted(order) == list(range(20)) for order in orders.tolist())
+    assert len({tuple(order) for order in orders.tolist()}) == 20
+
+
+def test_preferences_weigh_the_projected_gradients() -> None:
+    rows = matrix(3, 5, 2, [1.0] * 3)
+    alone = [
+        combined(rows, PCGrad(preferences=[float(task == one) for one in range(3)]))
+        for task in range(3)
+    ]
+    both = combined(rows, PCGrad(preferences=[2, 0, 0.5]))
+    torch.testing.assert_close(both, 2 * alone[0] + 0.5 * alone[2])
+
+
+def test_preferences_by_name_follow_the_tasks_that_are_present() -> None:
+    aggregator = PCGrad(preferences={"a": 1, "b": 2, "c": 3})
+    present = aggregator.for_tasks(["c", "a"])
+    assert present.weights(torch.eye(2).double()).tolist() == [3, 1]
+    assert aggregator.for_tasks(["a", "b", "c"]) is aggregator
+    with pytest.raises(RuntimeError, match="no preference for task 'd'"):
+        aggregator.for_tasks(["d"])
+
+
+def test_a_selection_of_tasks_draws_from_the_same_generator() -> None:
+    rows = matrix(4, 3, 5, [1.0] * 4)
+    named = PCGrad(torch.Generator().manual_seed(3), preferences=dict.fromkeys("abcde", 1.0))
+    plain = PCGrad(torch.Generator().manual_seed(3))
+    for _ in range(3):
+        assert torch.equal(combined(rows, named.for_tasks("abcd")), combined(rows, plain))
+
+
+@pytest.mark.parametrize(
+    ("preferences", "message"),
+    [([1.0, -1.0], "weight 1 is -1"), ([1.0], "1 preferences were given for 2 tasks")],
+)
+def test_bad_preferences_are_refused(preferences: list[float], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        PCGrad(preferences=preferences).weights(torch.eye(2).double())

@@ -27,8 +27,12 @@ def gramian(rows: Sequence[_Row], lengths: Sequence[int]) -> Tensor:
 def combine(
     rows: Sequence[_Row], weights: Tensor, targets: Sequence[Tensor], add: Sequence[bool]
 ) -> None:
-    """Write the weighted sum of each column to its target, or add it; float32 or better within."""
-    dtype = torch.float64 if targets[0].dtype == torch.float64 else torch.float32
+    """Write the weighted sum of each column to its target, or add it.
+
+    Added up in float64 on the CPU, and in float32 elsewhere, where float64 can be slow.
+    """
+    wide = targets[0].device.type == "cpu" or targets[0].dtype == torch.float64
+    dtype = torch.float64 if wide else torch.float32
     weights = weights.to(dtype)
     totals = [
         target.to(dtype) if adds else torch.zeros_like(target, dtype=dtype)
@@ -36,9 +40,9 @@ def combine(
     ]
     for task, row in enumerate(rows):
         present = [column for column, gradient in enumerate(row) if gradient is not None]
-        wide = [gradient.to(dtype) for gradient in row if gradient is not None]
-        if wide:
-            weighted = torch._foreach_mul(wide, weights[task])
+        gradients = [gradient.to(dtype) for gradient in row if gradient is not None]
+        if gradients:
+            weighted = torch._foreach_mul(gradients, weights[task])
             torch._foreach_add_([totals[column] for column in present], weighted)
     for target, total in zip(targets, totals, strict=True):
         if target is not total:

@@ -95,16 +95,17 @@ class TaskGradients:
 
         :raises RuntimeError: a gradient is in factors for one micro-batch and formed for the other.
         """
-        width = len(next(iter(other.rows.values())))
-        for task, row in other.rows.items():
-            self.rows[task] = _sum(self.rows.get(task, [None] * width), row)
-        if not self.factored and not other.factored:
-            return
-        if self.factored.keys() != other.factored.keys() or list(self.rows) != list(other.rows):
+        factored = self.factored or other.factored
+        if factored and (
+            self.factored.keys() != other.factored.keys() or list(self.rows) != list(other.rows)
+        ):
             raise RuntimeError(
                 "the micro-batches differ in their tasks or in the shape of their batches; "
                 "accumulate them with mode='sequential'"
             )
+        width = len(next(iter(other.rows.values())))
+        for task, row in other.rows.items():
+            self.rows[task] = _sum(self.rows.get(task, [None] * width), row)
         for column, factors in other.factored.items():
             self.factored[column] = self.factored[column].extend(factors)
 

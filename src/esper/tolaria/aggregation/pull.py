@@ -169,13 +169,19 @@ def _vectorised(
     """Pull n gradients at once; each comes back with a leading dimension n."""
     if not inputs:
         return []
-    row = torch.autograd.grad(
-        outputs,
-        inputs,
-        grad_outputs=gradients,
-        is_grads_batched=True,
-        allow_unused=True,
-    )
+    try:
+        row = torch.autograd.grad(
+            outputs,
+            inputs,
+            grad_outputs=gradients,
+            is_grads_batched=True,
+            allow_unused=True,
+        )
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the vectorised pass failed ({error}); use mode='sequential' or mode='factored', "
+            "which go through the trunk task by task"
+        ) from error
     return list(cast("_Grads", row))
 
 
