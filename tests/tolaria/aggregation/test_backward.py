@@ -1,8 +1,21 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from esper.tolaria.aggregation import Mean, PCGrad, Sum, backward
+from esper.tolaria.aggregation import (
+    MODES,
+    Mean,
+    PCGrad,
+    Refreshed,
+    Sum,
+    Weighted,
+    backward,
+    by_layer,
+    by_name,
+)
+from tolaria.aggregation.models import make
 
 
 class TwoHeads(nn.Module):
@@ -121,3 +134,240 @@ def test_a_sparse_gradient_is_refused() -> None:
     loss = table(torch.tensor([1])).sum()
     with pytest.raises(RuntimeError, match="sparse=False"):
         backward({"a": loss, "b": loss * 2}, [table.weight], Sum())
+
+
+def test_one_task_alone_is_projected_against_nothing() -> None:
+    model, plain = TwoHeads(), TwoHeads()
+    report = backward({"first": model.losses()["first"]}, list(model.parameters()), PCGrad())
+    plain.losses()["first"].backward()
+    expected = gradients_of(plain)
+    found = gradients_of(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name])
+    assert (report.conflicts, report.conflict_rate, report.conflict_share) == (0, 0.0, 0.0)
+
+
+def test_an_absent_task_is_a_dropped_row() -> None:
+    model, plain = TwoHeads(), TwoHeads()
+    losses = model.losses()
+    report = backward(
+        {"none": None, "first": losses["first"], "second": losses["second"]},
+        list(model.parameters()),
+        Weighted({"none": 5, "first": 1, "second": 3}),
+    )
+    assert report.tasks == ("first", "second")
+    assert report.absent == ("none",)
+    assert report.weights.tolist() == [0.25, 0.75]
+    losses = plain.losses()
+    (0.25 * losses["first"] + 0.75 * losses["second"]).backward()
+    torch.testing.assert_close(model.trunk[0].weight.grad, plain.trunk[0].weight.grad)
+
+
+def test_named_heads_get_the_plain_sum() -> None:
+    model, plain = TwoHeads(), TwoHeads()
+    heads = list(model.trunk[2].parameters())
+    report = backward(model.losses(), list(model.parameters()), Mean(), heads=heads)
+    torch.stack(list(plain.losses().values())).sum().backward()
+    torch.testing.assert_close(model.trunk[2].weight.grad, plain.trunk[2].weight.grad)
+    # All others are projected, also those that one task alone reaches.
+    torch.testing.assert_close(model.first.weight.grad * 2, plain.first.weight.grad)
+    rows = [
+        torch.autograd.grad(loss, list(plain.parameters()), retain_graph=True, allow_unused=True)
+        for loss in plain.losses().values()
+    ]
+    squares = [
+        sum(
+            gradient.double().square().sum()
+            for parameter, gradient in zip(plain.parameters(), row, strict=True)
+            if gradient is not None and all(parameter is not p for p in plain.trunk[2].parameters())
+        )
+        for row in rows
+    ]
+    torch.testing.assert_close(report.gramian.diagonal(), torch.stack(squares))  # type: ignore[arg-type]
+
+
+def test_with_no_heads_everything_is_projected() -> None:
+    model, plain = TwoHeads(), TwoHeads()
+    backward(model.losses(), list(model.parameters()), Mean(), heads=())
+    torch.stack(list(plain.losses().values())).mean().backward()
+    expected = gradients_of(plain)
+    for name, gradient in gradients_of(model).items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+def test_each_layer_has_weights_and_a_report_of_its_own() -> None:
+    case = make("mlp", dtype=torch.float64)
+    rows = [
+        torch.autograd.grad(loss, list(case.trunk.parameters()), retain_graph=True)
+        for loss in case.losses().values()
+    ]
+    groups = {name: members for name, members in by_layer(case.trunk).items() if members}
+    groups["heads"] = list(case.heads.parameters())
+    report = backward(case.losses(), case.parameters, PCGrad(), groups=groups)
+    assert list(report.groups) == ["0", "2.inner", "4"]
+    assert report.weights.shape == (3, 3)
+    torch.testing.assert_close(
+        report.gramian, torch.stack([part.gramian for part in report.groups.values()]).sum(0)
+    )
+    generator = PCGrad()
+    for place, (name, part) in enumerate(report.groups.items()):
+        matrix = torch.stack(
+            [torch.cat([row[2 * place].flatten(), row[2 * place + 1]]) for row in rows]
+        )
+        torch.testing.assert_close(part.gramian, matrix @ matrix.T)
+        weights = generator.weights(matrix @ matrix.T)
+        torch.testing.assert_close(part.weights, weights)
+        weight = groups[name][0]
+        torch.testing.assert_close(
+            weight.grad.flatten(),
+            (weights @ matrix)[: weight.numel()],  # type: ignore[union-attr]
+        )
+
+
+@pytest.mark.parametrize("mode", ["sequential", "batched", "factored"])
+def test_one_group_of_everything_is_no_group(mode: str) -> None:
+    case = make("words", dtype=torch.float64)
+    torch.manual_seed(4)
+    backward(case.losses(), case.parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+    expected = case.gradients()
+    case.clear()
+    groups = {"all": case.parameters}
+    torch.manual_seed(4)
+    report = backward(case.losses(), case.parameters, PCGrad(), mode=mode, groups=groups)  # type: ignore[arg-type]
+    assert list(report.groups) == ["all"]
+    for found, wanted in zip(case.gradients(), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_groups_by_name_take_what_lies_under_them() -> None:
+    model = TwoHeads()
+    groups = by_name(model, ["trunk.0", ""])
+    report = backward(model.losses(), list(model.parameters()), PCGrad(), groups=groups)
+    assert list(report.groups) == ["trunk.0", ""]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_frozen_parameters_are_left_alone(mode: str) -> None:
+    model, plain = TwoHeads(), TwoHeads()
+    for frozen in (model, plain):
+        frozen.trunk[0].requires_grad_(requires_grad=False)
+    backward(model.losses(), list(model.parameters()), Sum(), mode=mode)  # type: ignore[arg-type]
+    torch.stack(list(plain.losses().values())).sum().backward()
+    expected = gradients_of(plain)
+    found = gradients_of(model)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+def test_frozen_parameters_may_stand_in_groups() -> None:
+    model = TwoHeads()
+    model.trunk[0].weight.requires_grad_(requires_grad=False)
+    groups = {"first": [model.trunk[0].weight], "rest": list(model.trunk.parameters())[1:]}
+    report = backward(model.losses(), list(model.parameters()), PCGrad(), groups=groups)
+    assert list(report.groups) == ["rest"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_is_not_asked_for_gets_no_gradient(mode: str) -> None:
+    case = make("mlp")
+    asked = list(case.trunk[2].parameters())  # type: ignore[index]
+    backward(case.losses(), asked, PCGrad(), mode=mode)  # type: ignore[arg-type]
+    assert [p.grad is not None for p in case.parameters] == [
+        any(p is a for a in asked) for p in case.parameters
+    ]
+
+
+def test_one_forward_pass_serves_all_tasks() -> None:
+    case = make("convolutions")
+    norm = case.trunk[1]  # type: ignore[index]
+    assert isinstance(norm, nn.BatchNorm2d)
+    before = int(norm.num_batches_tracked or 0)
+    backward(case.losses(), case.parameters, PCGrad())
+    assert norm.num_batches_tracked == before + 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_global_generators_are_not_drawn_from(mode: str) -> None:
+    case = make("mlp")
+    losses = case.losses()
+    before = torch.get_rng_state()
+    backward(losses, case.parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_accumulate_in_every_mode(mode: str) -> None:
+    case = make("convolutions")
+    backward(case.losses(), case.parameters, Mean(), mode=mode)  # type: ignore[arg-type]
+    once = [gradient * 2 for gradient in case.gradients() if gradient is not None]
+    before = [parameter.grad for parameter in case.parameters]
+    backward(case.losses(), case.parameters, Mean(), mode=mode)  # type: ignore[arg-type]
+    assert all(p.grad is g for p, g in zip(case.parameters, before, strict=True)), "not in place"
+    for found, wanted in zip(case.gradients(), once, strict=True):
+        assert found is not None
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_under_conflict_the_update_is_not_the_sum() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    losses = {"a": weight @ torch.tensor([1.0, 0.2]), "b": weight @ torch.tensor([-1.0, 0.2])}
+    report = backward(losses, [weight], PCGrad())
+    assert report.conflicts == 1
+    assert weight.grad is not None
+    assert weight.grad[1] > 0.7, "the plain sum is 0.4"
+
+
+def test_losses_with_one_element_count_as_scalars() -> None:
+    weight = nn.Parameter(torch.ones(3))
+    backward({"a": weight[:1] * 2, "b": (weight * 3).sum().view(1, 1)}, [weight], Sum())
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [5, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("losses", "options", "message"),
+    [
+        ({"a": torch.ones(2, requires_grad=True)}, {}, r"'a' has shape \(2,\)"),
+        ({"a": torch.ones(())}, {}, "'a' carries no gradient"),
+        ({"a": None}, {}, "no gradients available for aggregation"),
+        ({"a": torch.ones((), requires_grad=True)}, {"mode": "fast"}, "mode is 'fast'; give one"),
+        (
+            {"a": torch.ones((), requires_grad=True)},
+            {"mode": "features", "heads": ()},
+            "leave out groups and heads",
+        ),
+        (
+            {"a": torch.ones((), requires_grad=True)},
+            {"aggregator": Refreshed(Sum(), every=2), "groups": {}},
+            "leave out groups and heads",
+        ),
+    ],
+)
+def test_bad_input_is_refused(
+    losses: dict[str, Tensor | None], options: dict[str, Any], message: str
+) -> None:
+    aggregator = options.pop("aggregator", Sum())
+    with pytest.raises(RuntimeError, match=message):
+        backward(losses, [nn.Parameter(torch.ones(1))], aggregator, **options)
+
+
+def test_a_shared_parameter_outside_every_group_is_refused() -> None:
+    model = TwoHeads()
+    groups = {"some": list(model.trunk[0].parameters())}
+    with pytest.raises(RuntimeError, match=r"shape \(8, 8\) is in no group"):
+        backward(model.losses(), list(model.parameters()), PCGrad(), groups=groups)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["sequential", "factored", "features"])
+def test_nothing_waits_for_the_device(mode: str) -> None:
+    case = make("mlp").to("cuda")
+    backward(case.losses(), case.parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        report = backward(case.losses(), case.parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert report.conflict_share <= 1

@@ -47,7 +47,7 @@ def backward(
     With :class:`Refreshed` as the aggregator, calls in between take one pass.
 
     :param losses: one scalar for each task, by name; None for a task that is absent from the batch.
-    :param parameters: leaf tensors that require gradients.
+    :param parameters: leaf tensors; those that require no gradient are left alone.
     :param aggregator: turns the Gramian into weights.
     :param mode: see above.
     :param groups: parts of the model with a Gramian and weights of their own; see
@@ -64,6 +64,7 @@ def backward(
     _check(mode, aggregator, groups, heads)
     scale = LossScale.of(scaler, present)
     scaled = scale.apply(present)
+    parameters = trainable(parameters)
     combination = Combination(parameters, aggregator, scale, groups, heads)
     kept = aggregator.reuse(tuple(present)) if isinstance(aggregator, Refreshed) else None
     if kept is not None:
@@ -100,7 +101,9 @@ class MicroBatches:
                 "refreshed weights do without; call backward for each micro-batch"
             )
         _check(mode, aggregator, groups, heads)
-        self._combination = Combination(parameters, aggregator, LossScale(), groups, heads)
+        self._combination = Combination(
+            trainable(parameters), aggregator, LossScale(), groups, heads
+        )
         self._mode: Mode = mode
         self._scaler = scaler
         self._gradients: TaskGradients | None = None
@@ -132,6 +135,11 @@ class MicroBatches:
         absent = tuple(task for task in self._named if task not in gradients.rows)
         self._named = {}
         return replace(self._combination.of(gradients), mode=self._mode, absent=absent)
+
+
+def trainable(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Return those that require a gradient."""
+    return [parameter for parameter in parameters if parameter.requires_grad]
 
 
 def present_losses(

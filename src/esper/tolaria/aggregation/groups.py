@@ -57,6 +57,8 @@ def columns_of(
     group_of: dict[int, str] = {}
     for name, members in groups.items():
         for member in members:
+            if not member.requires_grad:
+                continue
             position = index.get(id(member))
             if position is None:
                 raise RuntimeError(

@@ -1,6 +1,7 @@
 """Every Gramian weighting of the torchjd package as an aggregator."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ class TorchJDWeighting:
             )
         self._weighting = weighting
         self._normalise = normalise
+        self._tasks = 0
 
     def weights(self, gramian: Tensor) -> Tensor:
         """Return the weighting's answer.
@@ -41,8 +43,7 @@ class TorchJDWeighting:
         if self._normalise:
             scale = gramian.diagonal().mean()
             gramian = torch.where(scale > 0, gramian / scale, gramian)
-        with torch.no_grad():
-            weights: Any = self._weighting(gramian)
+        weights = self._ask(gramian)
         if not isinstance(weights, Tensor) or weights.shape != gramian.shape[:1]:
             shape = getattr(weights, "shape", type(weights).__qualname__)
             raise RuntimeError(
@@ -52,12 +53,20 @@ class TorchJDWeighting:
         return weights.to(gramian)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the weighting itself would save."""
-        if isinstance(self._weighting, nn.Module):
-            return dict(self._weighting.state_dict())
-        return {}
+        """Return a copy of what the weighting itself would save, and for how many tasks."""
+        state = self._weighting.state_dict() if isinstance(self._weighting, nn.Module) else {}
+        return {"tasks": self._tasks, "weighting": deepcopy(dict(state))}
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
         """Set what :meth:`state_dict` returned."""
-        if isinstance(self._weighting, nn.Module):
-            self._weighting.load_state_dict(state_dict)
+        self._tasks = state_dict["tasks"]
+        if self._tasks and isinstance(self._weighting, nn.Module):
+            # Stateful weightings make room for their state when they are first asked.
+            with torch.random.fork_rng(devices=[]):
+                self._ask(torch.eye(self._tasks, dtype=torch.float64))
+            self._weighting.load_state_dict(state_dict["weighting"])
+
+    def _ask(self, gramian: Tensor) -> Any:  # noqa: ANN401 - checked by the caller
+        self._tasks = len(gramian)
+        with torch.no_grad():
+            return self._weighting(gramian)
