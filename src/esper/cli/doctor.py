@@ -19,6 +19,7 @@ from esper._version import __version__
 from esper.cli.options import gather
 from esper.cli.run_directory import is_writable
 from esper.leyline import EsperError
+from esper.tolaria.aggregation import describe_kernels
 
 _COPY_BYTES = 256 * 2**20
 _WRITE_BYTES = 64 * 2**20
@@ -103,6 +104,7 @@ def _facts(directory: Path, memory_speed: float, disk_speed: float | None) -> li
         ("esper", __version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", f"{torch.__version__}, {torch.get_num_threads()} threads"),
+        ("aggregation kernels", describe_kernels()),
         ("optional", packages),
         ("cores", f"{psutil.cpu_count(logical=True)}, load {os.getloadavg()[0]:.1f}"),
         ("memory", f"{memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"),

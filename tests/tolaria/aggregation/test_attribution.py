@@ -114,3 +114,14 @@ def test_a_batch_without_samples_has_nothing_to_aggregate() -> None:
     assert losses == dict.fromkeys(TASKS)
     with pytest.raises(RuntimeError, match=r"^no gradients available for aggregation$"):
         backward(losses, list(model.parameters()), Sum())
+
+
+@pytest.mark.parametrize("tasks", [[], {"a": 0, "b": 0}])
+def test_tasks_need_numbers_of_their_own(tasks: list[str] | dict[str, int]) -> None:
+    with pytest.raises(RuntimeError, match="give at least one, each its own number"):
+        losses_by_task(torch.ones(2), torch.tensor([0, 5]), tasks)
+
+
+def test_complex_ids_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="give integers"):
+        losses_by_task(torch.ones(2), torch.ones(2, dtype=torch.complex64), ["a"])

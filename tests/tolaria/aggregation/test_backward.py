@@ -371,3 +371,34 @@ def test_nothing_waits_for_the_device(mode: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert report.conflict_share <= 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_task_has_the_same_weight_in_every_mode(mode: str) -> None:
+    model, plain = TwoHeads(), TwoHeads()
+    loss = {"first": model.losses()["first"]}
+    report = backward(loss, list(model.parameters()), PCGrad(preferences=[3.0]), mode=mode)  # type: ignore[arg-type]
+    assert report.weights.tolist() == [3]
+    (3 * plain.losses()["first"]).backward()
+    expected = gradients_of(plain)
+    for name, gradient in gradients_of(model).items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+@pytest.mark.parametrize("mode", ["sequential", "factored", "batched"])
+def test_groups_of_tasks_that_share_nothing_are_empty(mode: str) -> None:
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    losses = {"a": first.sum(), "b": second.sum() * 2}
+    report = backward(losses, [first, second], PCGrad(), groups={"all": [first, second]}, mode=mode)  # type: ignore[arg-type]
+    assert report.groups == {}
+    assert report.gramian.tolist() == [[0, 0], [0, 0]]
+    assert report.weights.shape == (0, 2)
+    assert second.grad is not None
+    assert second.grad.tolist() == [2, 2]
+
+
+def test_a_parameter_that_is_given_twice_counts_once() -> None:
+    weight = nn.Parameter(torch.ones(1))
+    weight.grad = torch.ones(1)
+    backward({"a": weight.sum() * 5}, [weight, weight], Sum())
+    assert weight.grad.tolist() == [6]

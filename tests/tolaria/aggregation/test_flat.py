@@ -289,3 +289,9 @@ def test_bad_weights_are_refused(weights: list[float], message: str) -> None:
     for use_pcgrad in (True, False):
         with pytest.raises(RuntimeError, match=message):
             combine_flat_grads(grads, weights=weights, use_pcgrad=use_pcgrad)
+
+
+@pytest.mark.parametrize("weights", [torch.tensor(1.0), torch.ones(1, 1)])
+def test_weights_of_another_rank_are_refused(weights: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="give one for each gradient"):
+        aggregate_weighted([torch.ones(2)], weights)

@@ -96,12 +96,13 @@ def test_what_is_detached_is_not_shared() -> None:
     assert graph.shared == graph.frontier == ()
 
 
-def test_one_task_alone_owns_all_that_it_reaches() -> None:
+def test_the_whole_graph_of_one_task_alone_counts_as_shared() -> None:
     model = Parts()
-    graph = graph_of(model, [model.first(model.trunk(BATCH)).sum()])
-    assert [names(model, own) for own in graph.own] == [{"trunk", "first"}]
-    assert graph.shared == graph.frontier == ()
-    assert graph.consumers == {}
+    loss = model.first(model.trunk(BATCH)).sum()
+    graph = graph_of(model, [loss])
+    assert graph.own == ((),)
+    assert names(model, graph.shared) == {"trunk", "first"}
+    assert [edge.node for edge in graph.frontier] == [loss.grad_fn]
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -237,10 +238,12 @@ def test_owned_and_shared_are_what_autograd_reaches(wiring: Wiring, ends: list[i
     ]
     tasks = [[task for task, row in enumerate(rows) if row[leaf] is not None] for leaf in range(4)]
     graph = shared_graph(list(losses.values()), leaves)
+    shared = [leaf for leaf in range(4) if len(tasks[leaf]) > 1 or (tasks[leaf] and len(rows) == 1)]
     assert graph.own == tuple(
-        tuple(leaf for leaf in range(4) if tasks[leaf] == [task]) for task in range(len(rows))
+        tuple(leaf for leaf in range(4) if tasks[leaf] == [task] and leaf not in shared)
+        for task in range(len(rows))
     )
-    assert graph.shared == tuple(leaf for leaf in range(4) if len(tasks[leaf]) > 1)
+    assert graph.shared == tuple(shared)
     assert sorted(graph.leaves) == [leaf for leaf in range(4) if tasks[leaf]]
 
 

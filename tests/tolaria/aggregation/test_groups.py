@@ -131,8 +131,12 @@ def test_a_parameter_under_no_name_is_refused() -> None:
         by_name(network(), ["trunk", "head"])
 
 
+def leaf(*size: int) -> nn.Parameter:
+    return nn.Parameter(torch.ones(size))
+
+
 def test_columns_without_groups_are_all_that_is_shared() -> None:
-    assert columns_of(None, [torch.ones(1)] * 4, [0, 2]) == {"": [0, 2]}
+    assert columns_of(None, [leaf(1)] * 4, [0, 2]) == {"": [0, 2]}
 
 
 def test_columns_of_each_group_are_those_that_are_shared() -> None:
@@ -145,17 +149,17 @@ def test_columns_of_each_group_are_those_that_are_shared() -> None:
 
 
 def test_groups_need_not_hold_what_is_not_shared() -> None:
-    first, second = torch.ones(1), torch.ones(2)
+    first, second = leaf(1), leaf(2)
     assert columns_of({"a": [second]}, [first, second], [1]) == {"a": [1]}
 
 
 def test_a_parameter_may_be_in_its_group_twice() -> None:
-    parameter = torch.ones(1)
+    parameter = leaf(1)
     assert columns_of({"a": [parameter, parameter]}, [parameter], [0]) == {"a": [0]}
 
 
 def test_equal_parameters_are_told_apart() -> None:
-    first, second = torch.ones(1), torch.ones(1)
+    first, second = leaf(1), leaf(1)
     assert columns_of({"a": [second], "b": [first]}, [first, second], [0, 1]) == {
         "b": [0],
         "a": [1],
@@ -163,21 +167,27 @@ def test_equal_parameters_are_told_apart() -> None:
 
 
 def test_a_shared_parameter_in_no_group_is_refused() -> None:
-    parameters = [torch.ones(1), torch.ones(2, 3)]
+    parameters = [leaf(1), leaf(2, 3)]
     with pytest.raises(RuntimeError, match=r"parameter 1 of shape \(2, 3\) is in no group; add it"):
         columns_of({"a": parameters[:1]}, parameters, [0, 1])
 
 
 def test_a_parameter_in_two_groups_is_refused() -> None:
-    parameters = [torch.ones(1), torch.ones(2)]
+    parameters = [leaf(1), leaf(2)]
     with pytest.raises(RuntimeError, match="parameter 1 is in groups 'a' and 'b'; put it into one"):
         columns_of({"a": parameters, "b": parameters[1:]}, parameters, [0])
 
 
 def test_a_tensor_that_is_no_parameter_is_refused() -> None:
-    parameters = [torch.ones(1)]
+    parameters = [leaf(1)]
     with pytest.raises(RuntimeError, match=r"group 'b' holds a tensor of shape \(2, 3\) that is"):
-        columns_of({"a": parameters, "b": [torch.ones(2, 3)]}, parameters, [0])
+        columns_of({"a": parameters, "b": [leaf(2, 3)]}, parameters, [0])
+
+
+def test_frozen_members_of_a_group_are_left_alone() -> None:
+    first, second, frozen = leaf(1), leaf(2), leaf(3).requires_grad_(False)
+    groups = {"a": [first, frozen], "b": [frozen, second], "c": [frozen]}
+    assert columns_of(groups, [first, second], [0, 1]) == {"a": [0], "b": [1]}
 
 
 def test_each_group_of_a_model_is_weighed_apart() -> None:

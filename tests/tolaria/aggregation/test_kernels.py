@@ -260,3 +260,15 @@ def test_any_number_of_threads_gives_the_same(threads: int) -> None:
         assert_combination(rows, torch.tensor([1.0, -2.0, 0.5]), 2**-24)
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_negative_view_is_read_with_its_sign(kernels_in_use: str) -> None:
+    rows = kernels.dense([[torch._neg_view(torch.arange(3.0))], [torch.ones(3)]])
+    assert kernels.select(rows, [0]).gramian().tolist() == [[5, -3], [-3, 3]]
+
+
+def test_the_sum_carries_no_graph(kernels_in_use: str) -> None:
+    rows = [[torch.ones(3, requires_grad=True) * 2], [torch.ones(3, requires_grad=True)]]
+    selection = kernels.select(rows, [0])
+    assert not selection.gramian().requires_grad
+    assert not selection.combine(torch.ones(2, dtype=torch.float64))[0].requires_grad

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from esper.tolaria.aggregation import MODES, PCGrad, Sum, measure_modes
+from esper.tolaria.aggregation import MODES, PCGrad, Refreshed, Sum, measure_modes
+from tolaria.aggregation.models import make
 
 
 class Slow(torch.autograd.Function):
@@ -16,7 +17,7 @@ class Slow(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         time.sleep(0.005)
         return gradient * 1
 
@@ -29,7 +30,7 @@ class Unbatchable(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient * float(gradient.isfinite().all())
 
 
@@ -115,3 +116,24 @@ def test_an_error_of_the_model_itself_is_raised() -> None:
         measure_modes(losses, model.parameters, Sum())
     assert len(calls) == 3
     assert model.weight.grad is None
+
+
+def test_the_shortest_of_the_timings_counts() -> None:
+    model = Model()
+
+    def losses() -> dict[str, Tensor]:
+        # Slow in the first and the last of three rounds.
+        if not len(MODES) <= model.calls < 2 * len(MODES):
+            time.sleep(0.03)
+        return model.losses()
+
+    times = measure_modes(losses, model.parameters, Sum(), repeats=3)
+    assert max(times.values()) < 0.03
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    case = make("mlp")
+    with pytest.raises(RuntimeError, match="repeats is 0"):
+        measure_modes(case.losses, case.parameters, PCGrad(), repeats=0)
+    with pytest.raises(RuntimeError, match="measure with the aggregator that it asks"):
+        measure_modes(case.losses, case.parameters, Refreshed(PCGrad(), every=3))

@@ -226,3 +226,47 @@ def test_batched_names_the_other_modes_when_an_operation_cannot_be_vectorised() 
 def test_the_tasks_are_named_in_order() -> None:
     case = make("mlp")
     assert backward(case.losses(), case.parameters, PCGrad()).tasks == TASKS
+
+
+class Mute(torch.autograd.Function):
+    """A head that passes no gradient on."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, value: Tensor) -> Tensor:
+        return value.sum()
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, gradient: Tensor) -> None:  # type: ignore[override]
+        return None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_heads_that_pass_no_gradient_on_leave_the_trunk_alone(mode: str) -> None:
+    weight = nn.Parameter(torch.ones(3))
+    features = weight * 2
+    losses = {"a": Mute.apply(features), "b": Mute.apply(features)}
+    backward(losses, [weight], PCGrad(), mode=mode)  # type: ignore[arg-type]
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("mode", EXACT_MODES)
+def test_gradients_with_a_negative_bit_keep_their_sign(mode: str) -> None:
+    real, imaginary = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+
+    def losses() -> dict[str, Tensor]:
+        value = torch.complex(real, imaginary).conj()
+        return {"a": value.imag.sum() * 2, "b": value.imag.sum() * 3 + value.real.sum()}
+
+    torch.stack(list(losses().values())).sum().backward()
+    expected = [real.grad, imaginary.grad]
+    real.grad = imaginary.grad = None
+    backward(losses(), [real, imaginary], Sum(), mode=mode)  # type: ignore[arg-type]
+    torch.testing.assert_close([real.grad, imaginary.grad], expected)
+
+
+def test_a_complex_representation_is_refused() -> None:
+    weight = nn.Parameter(torch.ones(4))
+    features = torch.fft.rfft(weight)
+    losses = {"a": features.abs().sum(), "b": features.real.sum()}
+    with pytest.raises(RuntimeError, match="complex64"):
+        backward(losses, [weight], Sum(), mode="features")

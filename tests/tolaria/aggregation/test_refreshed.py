@@ -15,6 +15,7 @@ from esper.tolaria.aggregation import (
     Weighted,
     backward,
 )
+from tolaria.aggregation.models import make
 
 TASKS = ("a", "b", "c", "d")
 
@@ -240,3 +241,15 @@ def test_groups_and_heads_are_refused_at_the_first_call(option: str) -> None:
             Refreshed(Mean(), every=2),
             **{option: options[option]},  # type: ignore[arg-type]
         )
+
+
+def test_an_infinity_in_between_is_told() -> None:
+    case = make("mlp")
+    aggregator = Refreshed(PCGrad(), every=5)
+    backward(case.losses(), case.parameters, aggregator)
+    losses = case.losses()
+    report = backward(
+        {**losses, "second": losses["second"] * math.inf}, case.parameters, aggregator
+    )
+    assert report.age == 1
+    assert report.nonfinite == ("second",)

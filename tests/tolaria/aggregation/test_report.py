@@ -156,3 +156,14 @@ def test_the_weights_of_groups_are_averaged_in_the_amplification() -> None:
     torch.testing.assert_close(grouped.amplification, whole.amplification)
     expected = (2 * math.sqrt(2) + 2 * math.sqrt(3)) / math.sqrt(4 * (2 + 3 - 2))
     assert float(whole.amplification) == pytest.approx(expected)
+
+
+def test_a_gradient_that_is_not_finite_has_no_cosine() -> None:
+    gramian = torch.tensor([[math.nan, 0.0], [0.0, 1.0]]).double()
+    report = ConflictReport(("a", "b"), gramian, torch.ones(2).double())
+    assert report.cosine.isnan().tolist() == [[True, True], [True, False]]
+
+
+def test_nothing_is_amplified_where_all_gradients_are_zero() -> None:
+    zeros = torch.zeros(2, 2, dtype=torch.float64)
+    assert ConflictReport(("a", "b"), zeros, torch.ones(2).double()).amplification == 1

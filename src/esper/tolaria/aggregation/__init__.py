@@ -12,6 +12,7 @@ from esper.tolaria.aggregation.flat import (
 from esper.tolaria.aggregation.groups import by_layer, by_name
 from esper.tolaria.aggregation.linear import Mean, Sum, Weighted
 from esper.tolaria.aggregation.measure import measure_modes
+from esper.tolaria.aggregation.native import describe as describe_kernels
 from esper.tolaria.aggregation.pcgrad import PCGrad
 from esper.tolaria.aggregation.pull import MODES, Mode
 from esper.tolaria.aggregation.refreshed import Refreshed
@@ -35,6 +36,7 @@ __all__ = [
     "by_layer",
     "by_name",
     "combine_flat_grads",
+    "describe_kernels",
     "flat_to_grads",
     "grads_to_flat",
     "losses_by_task",

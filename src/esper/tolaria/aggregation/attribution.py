@@ -26,9 +26,11 @@ def losses_by_task(
             f"sample_losses has shape {tuple(sample_losses.shape)} and ids {tuple(ids.shape)}; "
             "give both one number for each sample (a loss with reduction='none')"
         )
-    if ids.dtype.is_floating_point or ids.dtype == torch.bool:
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise RuntimeError(f"ids are {ids.dtype}; give integers")
     numbers = tasks if isinstance(tasks, Mapping) else {t: n for n, t in enumerate(tasks)}
+    if not numbers or len(set(numbers.values())) < len(numbers):
+        raise RuntimeError(f"tasks are {dict(numbers)}; give at least one, each its own number")
     members = {task: ids == number for task, number in numbers.items()}
     # Which tasks are present decides the shape of all that follows, so that it has to be read here.
     counts: list[int] = torch.stack([member.sum() for member in members.values()]).tolist()

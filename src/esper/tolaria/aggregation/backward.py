@@ -138,8 +138,9 @@ class MicroBatches:
 
 
 def trainable(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Return those that require a gradient."""
-    return [parameter for parameter in parameters if parameter.requires_grad]
+    """Return those that require a gradient, each once."""
+    kept = {id(parameter): parameter for parameter in parameters if parameter.requires_grad}
+    return list(kept.values())
 
 
 def present_losses(

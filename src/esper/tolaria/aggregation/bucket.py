@@ -14,6 +14,7 @@ _Row = Sequence[Tensor | None]
 _BLOCK = 1 << 22
 
 
+@torch.no_grad()
 def gramian(rows: Sequence[_Row], lengths: Sequence[int]) -> Tensor:
     """Return the inner products of the rows, multiplied and added in float64; n by n."""
     device = next(g.device for row in rows for g in row if g is not None)
@@ -24,6 +25,7 @@ def gramian(rows: Sequence[_Row], lengths: Sequence[int]) -> Tensor:
     return result
 
 
+@torch.no_grad()
 def combine(
     rows: Sequence[_Row], weights: Tensor, targets: Sequence[Tensor], add: Sequence[bool]
 ) -> None:

@@ -1,7 +1,7 @@
 """From the gradients of several tasks to one in ``.grad``."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,16 +67,23 @@ class Combination:
         """Weigh by the gradients at the shared representation, and go on with their sum."""
         gramian = self.scale.unscaled(features.representation.gramian())
         weights = self._weights(gramian, tuple(features.heads.rows))
-        return self.reuse(features, gramian, weights)
+        return self._go_on(features, gramian, weights)
 
     def reuse(self, features: Features, gramian: Tensor, weights: Tensor) -> ConflictReport:
-        """Go on with weights that are known."""
-        tasks = tuple(features.heads.rows)
+        """Go on with weights that are known; what is not finite in this batch is still told."""
+        report = self._go_on(features, gramian, weights)
+        squares = self.scale.unscaled(features.representation.gramian().diagonal())
+        if report.squares_apart is not None:
+            squares = squares + report.squares_apart
         age = self.aggregator.age if isinstance(self.aggregator, Refreshed) else 0
+        return replace(report, age=age, squares_apart=squares)
+
+    def _go_on(self, features: Features, gramian: Tensor, weights: Tensor) -> ConflictReport:
+        tasks = tuple(features.heads.rows)
         features.through_trunk(weights)
         reached = features.heads.reached()
         squares = self._add_up(features.heads, [c for c, count in enumerate(reached) if count])
-        return ConflictReport(tasks, gramian, weights, age=age, squares_apart=squares)
+        return ConflictReport(tasks, gramian, weights, squares_apart=squares)
 
     def _split(self, gradients: TaskGradients) -> tuple[list[int], list[int]]:
         """Return the parameters to project and those to leave as they are, of those reached."""
@@ -123,10 +130,14 @@ class Combination:
         if self.groups is None:
             whole = reports[""]
             return ConflictReport(tasks, whole.gramian, whole.weights, squares_apart=squares)
+        gramian = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
+        for report in reports.values():
+            gramian = report.gramian + gramian.to(report.gramian.device)
+        weights = [report.weights for report in reports.values()]
         return ConflictReport(
             tasks,
-            torch.stack([report.gramian for report in reports.values()]).sum(0),
-            torch.stack([report.weights for report in reports.values()]),
+            gramian,
+            torch.stack(weights) if weights else gramian[:0],
             groups=reports,
             squares_apart=squares,
         )

@@ -60,6 +60,8 @@ def aggregate_weighted(grads: Sequence[Tensor], weights: Sequence[float] | Tenso
     """
     if not grads:
         raise RuntimeError(_NOTHING)
+    if isinstance(weights, Tensor) and weights.dim() != 1:
+        raise RuntimeError(f"weights have shape {tuple(weights.shape)}; give one for each gradient")
     values = weights.tolist() if isinstance(weights, Tensor) else list(weights)
     normalised = torch.tensor(check_weights(values, len(grads)), dtype=torch.float64)
     return _stack(grads).combine(normalised.to(grads[0].device))[0]

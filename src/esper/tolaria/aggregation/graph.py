@@ -53,7 +53,11 @@ class _Walk:
                 stack.extend(child for child, _ in node.next_functions if child is not None)
             elif owner not in (task, SHARED):
                 self.owner[node] = SHARED
-                self._meeting.append(node)
+                self.share(node)
+
+    def share(self, node: Node) -> None:
+        """Declare a node, and with it all below, as shared."""
+        self._meeting.append(node)
 
     def spread(self) -> Consumers:
         """Mark all below a meeting point as shared, and note which node feeds which."""
@@ -83,6 +87,9 @@ def shared_graph(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Shar
     walk = _Walk()
     for task, root in enumerate(roots):
         walk.visit(root.node, task)
+    if len(roots) == 1:
+        # One task has no head apart from others: all of its graph is what the tasks share.
+        walk.share(roots[0].node)
     consumers = walk.spread()
     leaves = _leaves(parameters, walk.owner)
     return SharedGraph(

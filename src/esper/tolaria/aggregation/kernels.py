@@ -15,10 +15,6 @@ from esper.tolaria.aggregation import bucket, native
 
 Row = Sequence[Tensor | None]
 
-# Products of float32 numbers below 1e-38 vanish. They can't matter to a sum of squares that is this
-# many times larger; above it, nothing has overflowed as long as the sum is finite.
-_SAFE_MEAN_SQUARE = 1e-30
-
 
 @dataclass(frozen=True)
 class Stack:
@@ -57,21 +53,19 @@ class Stack:
         """Return the inner products of the rows; n by n, float64."""
         if self.table is None:
             return bucket.gramian(self.rows, self.lengths)
-        result = self.table.gramian(wide=False)
-        squares = result.diagonal()
-        smallest = _SAFE_MEAN_SQUARE * sum(self.lengths)
-        if not np.isfinite(squares).all() or squares.min() < smallest:
-            result = self.table.gramian(wide=True)
-        return torch.from_numpy(result)
+        return torch.from_numpy(self.table.gramian())
 
-    def combine(self, weights: Tensor, into: Sequence[Tensor | None]) -> list[Tensor]:
+    def combine(self, weights: Tensor, into: Sequence[Tensor | None] | None) -> list[Tensor]:
         """Return the weighted sum of each column, added to ``into`` where that is given."""
-        targets: list[Tensor] = []
-        add: list[bool] = []
-        for sample, target in zip(self.samples, into, strict=True):
-            usable = target is not None and _alike(target, sample)
-            targets.append(target if target is not None and usable else torch.empty_like(sample))
-            add.append(usable)
+        into = into or [None] * len(self.samples)
+        add = [
+            target is not None and _alike(target, sample)
+            for target, sample in zip(into, self.samples, strict=True)
+        ]
+        targets = [
+            target if adds and target is not None else torch.empty_like(sample)
+            for target, sample, adds in zip(into, self.samples, add, strict=True)
+        ]
         if self.table is None:
             bucket.combine(self.rows, weights, targets, add)
         else:
@@ -109,9 +103,9 @@ class Selection:
         :param weights: one for each task, float64.
         :param into: a tensor for each column that the sum is added to, or None for a new one.
         """
-        targets = [None] * self.width if into is None else into
         if len(self.stacks) == 1:
-            return self.stacks[0].combine(weights, targets)
+            return self.stacks[0].combine(weights, into)
+        targets = into or [None] * self.width
         results: list[Tensor | None] = [None] * self.width
         for stack in self.stacks:
             sums = stack.combine(weights, [targets[place] for place in stack.places])
@@ -131,22 +125,26 @@ def select(rows: Sequence[Row], columns: Sequence[int]) -> Selection:
         gradient if gradient is not None else _sample(rows, column)
         for gradient, column in zip(chosen[0], columns, strict=True)
     ]
-    groups: dict[torch.dtype, list[int]] = {}
-    for place, sample in enumerate(samples):
-        if sample.device != samples[0].device:
-            raise RuntimeError(
-                f"the gradient of parameter {columns[place]} is {describe(sample)}, that of "
-                f"parameter {columns[0]} on {samples[0].device}; aggregate the parameters of each "
-                "device apart"
-            )
-        groups.setdefault(sample.dtype, []).append(place)
-    if len(groups) == 1:
+    _check_devices(samples, columns)
+    dtypes = {sample.dtype for sample in samples}
+    if len(dtypes) == 1:
         return Selection(len(rows), len(columns), [Stack.of(chosen, range(len(columns)), samples)])
+    groups = [[p for p, sample in enumerate(samples) if sample.dtype is dtype] for dtype in dtypes]
     stacks = [
         Stack.of([[row[p] for p in places] for row in chosen], places, [samples[p] for p in places])
-        for places in groups.values()
+        for places in groups
     ]
     return Selection(len(rows), len(columns), stacks)
+
+
+def _check_devices(samples: Sequence[Tensor], columns: Sequence[int]) -> None:
+    device = samples[0].device
+    for sample, column in zip(samples, columns, strict=True):
+        if sample.device != device:
+            raise RuntimeError(
+                f"the gradient of parameter {column} is {describe(sample)}, that of parameter "
+                f"{columns[0]} on {device}; aggregate the parameters of each device apart"
+            )
 
 
 def dense(rows: Sequence[Row]) -> Sequence[Row]:
@@ -155,7 +153,12 @@ def dense(rows: Sequence[Row]) -> Sequence[Row]:
     :param rows: gradients that autograd returned: alike in shape and dtype in each column.
     :raises RuntimeError: a gradient is sparse.
     """
-    if all(gradient is None or _is_plain(gradient) for row in rows for gradient in row):
+    if all(
+        gradient is None
+        or (gradient.layout is torch.strided and gradient.is_contiguous() and not gradient.is_neg())
+        for row in rows
+        for gradient in row
+    ):
         return rows
     columns = [
         _align(column, gradients) for column, gradients in enumerate(zip(*rows, strict=True))
@@ -169,10 +172,6 @@ def describe(tensor: Tensor) -> str:
     return f"{kind} of shape {tuple(tensor.shape)} on {tensor.device}"
 
 
-def _is_plain(gradient: Tensor) -> bool:
-    return gradient.layout is torch.strided and gradient.is_contiguous()
-
-
 def _align(column: int, gradients: Row) -> Row:
     present = [gradient for gradient in gradients if gradient is not None]
     for gradient in present:
@@ -181,6 +180,10 @@ def _align(column: int, gradients: Row) -> Row:
                 f"the gradient of parameter {column} is sparse; build its embedding with "
                 "sparse=False to aggregate several tasks"
             )
+    if any(gradient.is_neg() for gradient in present):
+        # The memory of such a view, the imaginary part of a conjugate, holds the opposite.
+        gradients = [None if gradient is None else gradient.resolve_neg() for gradient in gradients]
+        present = [gradient for gradient in gradients if gradient is not None]
     if all(gradient.is_contiguous() for gradient in present):
         return gradients
     # Without gaps and in one order, such as channels last: as good as contiguous.

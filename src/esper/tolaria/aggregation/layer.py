@@ -163,6 +163,9 @@ def _saved(node: Node, name: str) -> Any:  # noqa: ANN401 - whatever autograd re
 
 
 def _only_consumer(graph: SharedGraph, node: Node) -> tuple[Node, int] | None:
+    if any(edge.node is node for edge in graph.frontier):
+        # A head uses it too, which the consumers within the trunk do not show.
+        return None
     consumers = graph.consumers.get(node, [])
     return consumers[0] if len(consumers) == 1 else None
 

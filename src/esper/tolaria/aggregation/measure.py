@@ -9,6 +9,7 @@ from torch import Tensor
 from esper.tolaria.aggregation.backward import backward
 from esper.tolaria.aggregation.base import Aggregator
 from esper.tolaria.aggregation.pull import MODES, Mode
+from esper.tolaria.aggregation.refreshed import Refreshed
 
 
 def measure_modes(
@@ -24,8 +25,17 @@ def measure_modes(
 
     :param losses: runs the forward pass on a batch as in training, and returns its losses.
     :param repeats: timings for each mode, taken in turns; the shortest counts.
+    :raises RuntimeError: the aggregator is :class:`Refreshed`, or there is nothing to repeat; or
+        what mode ``sequential`` raises.
     :returns: seconds by mode, the fastest first. ``features`` is approximate; all others are exact.
     """
+    if repeats < 1:
+        raise RuntimeError(f"repeats is {repeats}; give 1 or more")
+    if isinstance(aggregator, Refreshed):
+        raise RuntimeError(
+            "a refreshed aggregator goes through the trunk once whatever the mode; measure with "
+            "the aggregator that it asks"
+        )
     held = [parameter.grad for parameter in parameters]
     best: dict[Mode, float] = dict.fromkeys(MODES, float("inf"))
     try:

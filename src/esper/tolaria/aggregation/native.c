@@ -235,12 +235,13 @@ static int threads_for(const struct table *table, int threads) {
   return total * table->tasks < SERIAL ? 1 : threads;
 }
 
-/* Adds the inner products of the tasks to `partial`, threads by padded by padded, zeroed by the
-   caller; lower triangle only. `scratch` is threads by padded by CHUNK to work in float64, else
-   null; half precision needs it. */
-void esper_gramian(int64_t tasks, int64_t columns, const void *const *pointers,
-                   const int64_t *lengths, int type, int threads, double *scratch,
-                   double *partial) {
+/* Writes the inner products of the tasks to `gramian`, tasks by tasks. `partial` is threads by padded
+   by padded, zeroed by the caller. `scratch` is threads by padded by CHUNK to work in float64, else
+   null; half precision needs it. Returns whether all squared norms are finite and at least
+   `smallest`. */
+int esper_gramian(int64_t tasks, int64_t columns, const void *const *pointers,
+                  const int64_t *lengths, int type, int threads, double *scratch, double *partial,
+                  double smallest, double *gramian) {
   const struct table table = {tasks, columns, pointers, lengths, (enum type)type};
   const int64_t padded = tasks <= 2 ? 2 : (tasks + BLOCK - 1) / BLOCK * BLOCK;
   const int64_t used = threads_for(&table, threads);
@@ -256,6 +257,18 @@ void esper_gramian(int64_t tasks, int64_t columns, const void *const *pointers,
       at.left -= n;
     }
   }
+  int sound = 1;
+  for (int64_t i = 0; i < tasks; i++) {
+    for (int64_t j = 0; j <= i; j++) {
+      double sum = 0;
+      for (int64_t thread = 0; thread < used; thread++)
+        sum += partial[(thread * padded + i) * padded + j];
+      gramian[i * tasks + j] = gramian[j * tasks + i] = sum;
+    }
+    const double square = gramian[i * tasks + i];
+    sound &= square >= smallest && square - square == 0;
+  }
+  return sound;
 }
 
 /* Writes, or adds, the weighted sum of the tasks to each column's target. */

@@ -22,6 +22,9 @@ _NUMBER, _ADDRESS, _INT, _DOUBLE = (
 )
 _TABLE = [_NUMBER, _NUMBER, _ADDRESS, _ADDRESS, _INT, _INT]
 _BLOCK = 4
+# Products of float32 numbers below 1e-38 vanish. They can't matter to a sum of squares that is this
+# many times larger; above it, nothing has overflowed as long as the sum is finite.
+_SAFE_MEAN_SQUARE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Table:
         addresses = [[0 if g is None else g.data_ptr() for g in row] for row in rows]
         return cls(np.array(addresses, np.uint64), np.array(lengths, np.int64), dtype)
 
-    def _arguments(self) -> tuple[int, ...]:
+    def _arguments(self, threads: int) -> tuple[int, ...]:
         tasks, columns = self.addresses.shape
         return (
             tasks,
@@ -52,28 +55,36 @@ class Table:
             self.addresses.ctypes.data,
             self.lengths.ctypes.data,
             TYPES[self.dtype],
-            torch.get_num_threads(),
+            threads,
         )
 
-    def gramian(self, *, wide: bool) -> NDArray[np.float64]:
-        """Return the inner products of the rows.
+    def gramian(self) -> NDArray[np.float64]:
+        """Return the inner products of the rows; n by n.
 
-        :param wide: multiply in float64 too, not only add; half the speed, no overflow.
+        In float32 first, where that is the gradients' type; if their scale makes it over- or
+        underflow, in float64.
         """
-        tasks = len(self.addresses)
+        result = np.empty((len(self.addresses), len(self.addresses)))
+        wide = self.dtype in (torch.bfloat16, torch.float16)
+        if not self._gramian(result, wide=wide) and self.dtype is torch.float32:
+            self._gramian(result, wide=True)
+        return result
+
+    def _gramian(self, result: NDArray[np.float64], *, wide: bool) -> bool:
+        """Compute it, and return whether it can be relied on."""
+        tasks, threads = len(self.addresses), torch.get_num_threads()
         padded = 2 if tasks <= 2 else -(-tasks // _BLOCK) * _BLOCK
-        threads = torch.get_num_threads()
         partial = np.zeros((threads, padded, padded))
-        scratch = None
-        if self.dtype is not torch.float64 and (wide or self.dtype is not torch.float32):
-            scratch = np.empty((threads, padded, _library().chunk))
-        _library().gramian(
-            *self._arguments(),
+        scratch = np.empty((threads, padded, _library().chunk)) if wide else None
+        smallest = _SAFE_MEAN_SQUARE * float(self.lengths.sum())
+        sound: int = _library().gramian(
+            *self._arguments(threads),
             None if scratch is None else scratch.ctypes.data,
             partial.ctypes.data,
+            smallest,
+            result.ctypes.data,
         )
-        lower: NDArray[np.float64] = np.tril(partial.sum(0)[:tasks, :tasks])
-        return lower + np.tril(lower, -1).T
+        return bool(sound)
 
     def combine(
         self, weights: NDArray[np.float64], targets: Sequence[Tensor], add: Sequence[bool]
@@ -87,7 +98,10 @@ class Table:
         addresses = np.array([target.data_ptr() for target in targets], np.uint64)
         flags = np.array(add, np.int8)
         _library().combine(
-            *self._arguments(), weights.ctypes.data, addresses.ctypes.data, flags.ctypes.data
+            *self._arguments(torch.get_num_threads()),
+            weights.ctypes.data,
+            addresses.ctypes.data,
+            flags.ctypes.data,
         )
 
 
@@ -132,18 +146,20 @@ class _Kernels:
         # The OpenMP symbols that the first needs are found in torch, which is loaded already.
         library = ctypes.CDLL(str(Path(__file__).with_name(name)))
         self.name = name
-        self.gramian = _void(library.esper_gramian, [*_TABLE, *[_ADDRESS] * 2])
-        self.combine = _void(library.esper_combine, [*_TABLE, *[_ADDRESS] * 3])
-        self.pcgrad = _void(
-            library.esper_pcgrad, [_NUMBER, _ADDRESS, _ADDRESS, _DOUBLE, *[_ADDRESS] * 3]
+        self.gramian = _typed(
+            library.esper_gramian, [*_TABLE, _ADDRESS, _ADDRESS, _DOUBLE, _ADDRESS], _INT
+        )
+        self.combine = _typed(library.esper_combine, [*_TABLE, *[_ADDRESS] * 3], None)
+        self.pcgrad = _typed(
+            library.esper_pcgrad, [_NUMBER, _ADDRESS, _ADDRESS, _DOUBLE, *[_ADDRESS] * 3], None
         )
         library.esper_chunk.restype = library.esper_max_tasks.restype = _NUMBER
         self.chunk: int = library.esper_chunk()
         self.max_tasks: int = library.esper_max_tasks()
 
 
-def _void(function: Any, arguments: list[Any]) -> Any:  # noqa: ANN401 - ctypes has no better type
-    function.argtypes, function.restype = arguments, None
+def _typed(function: Any, arguments: list[Any], result: Any) -> Any:  # noqa: ANN401 - as ctypes
+    function.argtypes, function.restype = arguments, result
     return function
 
 

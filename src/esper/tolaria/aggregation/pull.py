@@ -4,13 +4,14 @@ The dear part is the trunk, which every way but one has to go through once for e
 differ in what they leave out.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, Node
 
 from esper.tolaria.aggregation.gradients import Part, Row, TaskGradients, formed
 from esper.tolaria.aggregation.graph import SharedGraph, shared_graph
@@ -118,19 +119,34 @@ def at_features(losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> F
 def _through_heads(
     losses: Mapping[str, Tensor], parameters: Sequence[Tensor], graph: SharedGraph
 ) -> tuple[list[list[Tensor | None]], list[list[Tensor | None]]]:
-    """Return for each task the gradients of its own parameters, and those at the frontier."""
+    """Return for each task the gradients of its own parameters, and those at the frontier.
+
+    At the frontier that is what arrives from the head alone. An edge may lie below another, and
+    what flows to it from there belongs to the trunk: hooks hold that back.
+    """
     edges = len(graph.frontier)
     heads: list[list[Tensor | None]] = []
     arriving: list[list[Tensor | None]] = []
-    for loss, own in zip(losses.values(), graph.own, strict=True):
-        targets: list[Tensor | GradientEdge] = [
-            *graph.frontier,
-            *(parameters[index] for index in own),
-        ]
-        row = _pull([loss], targets, None, keep=True)
-        arriving.append(row[:edges])
-        heads.append(_spread(row[edges:], own, len(parameters)))
+    with _held_back({edge.node for edge in graph.frontier}):
+        for loss, own in zip(losses.values(), graph.own, strict=True):
+            targets: list[Tensor | GradientEdge] = [
+                *graph.frontier,
+                *(parameters[index] for index in own),
+            ]
+            row = _pull([loss], targets, None, keep=True)
+            arriving.append(row[:edges])
+            heads.append(_spread(row[edges:], own, len(parameters)))
     return heads, arriving
+
+
+@contextmanager
+def _held_back(nodes: Iterable[Node]) -> Iterator[None]:
+    """Let no gradient through some nodes; what was asked for at their outputs still gets it."""
+    with ExitStack() as stack:
+        for node in nodes:
+            hook = node.register_prehook(lambda gradients: (None,) * len(gradients))
+            stack.callback(hook.remove)
+        yield
 
 
 def _present(rows: Sequence[_Grads], column: int) -> list[bool]:
@@ -167,8 +183,8 @@ def _vectorised(
     outputs: Sequence[GradientEdge], inputs: Sequence[Tensor], gradients: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Pull n gradients at once; each comes back with a leading dimension n."""
-    if not inputs:
-        return []
+    if not inputs or not outputs:
+        return [None] * len(inputs)
     try:
         row = torch.autograd.grad(
             outputs,

@@ -78,21 +78,25 @@ class ConflictReport:
 
     @property
     def cosine(self) -> Tensor:
-        """Cosine between the task gradients; n by n, float64; 0 where one of them is zero."""
+        """Cosine between the task gradients; n by n, float64; 0 where one of them is zero.
+
+        NaN where one of them is not finite.
+        """
         norms = self.norms
         scale = torch.outer(norms, norms)
-        return torch.where(scale > 0, self.gramian / scale, 0.0).clamp(-1, 1)
+        return torch.where(scale == 0, 0.0, self.gramian / scale).clamp(-1, 1)
 
     @property
     def amplification(self) -> Tensor:
         """Sum of the norms of the weighted gradients over the norm of their sum; a scalar, float64.
 
-        By how much rounding errors of the gradients are enlarged in the result: 1 without
-        cancellation, large where nearly opposed gradients leave little.
+        By how much rounding errors of the gradients are enlarged in the result: 1 for parallel
+        gradients, the root of n for orthogonal ones, large where nearly opposed ones leave little.
         """
         weights = self.weights if self.weights.dim() == 1 else self.weights.mean(0)
         result = (weights @ self.gramian @ weights).clamp(min=0).sqrt()
-        return (weights.abs() @ self.norms) / result
+        terms = weights.abs() @ self.norms
+        return torch.where(terms == 0, 1.0, terms / result)
 
     def cosines(self) -> dict[str, float]:
         """Return the cosine of each pair of tasks, keyed ``"first|second"``."""

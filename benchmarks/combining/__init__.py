@@ -1,0 +1,1 @@
+"""What `benchmarks/aggregation.py` compares: other ways to combine gradients, networks, measures."""
