@@ -78,7 +78,7 @@ def main() -> int:
 
 
 def make_gradients(tasks: int, elements: int) -> list[list[Tensor]]:
-    """Return gradients of parameters of very different sizes: two thirds matrices, the rest biases."""
+    """Return gradients of parameters of very different sizes; every third is a vector."""
     sizes = np.random.default_rng(0).lognormal(0, 1.5, PARAMETERS)
     lengths = np.maximum(1, (sizes / sizes.sum() * elements).astype(int))
     shapes = [
@@ -219,7 +219,7 @@ def steps_table(kind: str, times: Table, memory: Table) -> Iterator[str]:
         cells = [
             f"{times[kind, n][name] * 1e3:.1f} ms"
             if name == steps.SUM
-            else f"{times[kind, n][name] / times[kind, n][steps.SUM]:.2f} ×"
+            else f"{times[kind, n][name] / times[kind, n][steps.SUM]:.2f}"
             for n in heads
         ]
         peak = memory[kind, shown].get(name)
@@ -275,7 +275,7 @@ def _options() -> argparse.Namespace:
     options = parser.parse_args()
     unknown = set(options.parts) - set(parts)
     if unknown:
-        parser.error(f"unknown part {sorted(unknown)[0]!r}; give {' or '.join(parts)}")
+        parser.error(f"unknown part {min(unknown)!r}; give {' or '.join(parts)}")
     options.parts = options.parts or parts
     return options
 

@@ -1,1 +1,1 @@
-"""What `benchmarks/aggregation.py` compares: other ways to combine gradients, networks, measures."""
+"""What `benchmarks/aggregation.py` compares with: peers, networks, ways to measure."""

@@ -30,7 +30,7 @@ def summed(net: MultiTask) -> Call:
 
 
 def bound(net: MultiTask) -> Call:
-    """What no method can go below that pulls each task through the trunk.
+    """Do what every method does that pulls each task through the trunk, and nothing else.
 
     Only one of the n passes forms the gradients of weights, and nothing is combined.
     """
@@ -64,7 +64,7 @@ def esper(mode: str, every: int = 1) -> Make:
 
 
 def mtl(chunk: int | None, *, gramian: bool) -> Make:
-    """torchjd's ``mtl_backward``: heads first, then the trunk."""
+    """Use torchjd's ``mtl_backward``: heads first, then the trunk."""
 
     def make(net: MultiTask) -> Call:
         trunk, aggregator = list(net.trunk.parameters()), TorchJDPCGrad()
@@ -83,7 +83,7 @@ def mtl(chunk: int | None, *, gramian: bool) -> Make:
 
 
 def autojac(net: MultiTask) -> Call:
-    """torchjd's ``backward``, which knows no heads."""
+    """Use torchjd's ``backward``, which knows no heads."""
     parameters, aggregator = list(net.parameters()), TorchJDPCGrad()
 
     def step() -> None:
@@ -96,7 +96,7 @@ def autojac(net: MultiTask) -> Call:
 
 
 def autogram(net: MultiTask) -> Call:
-    """torchjd's engine: the Gramian without Jacobians, then one weighted backward pass."""
+    """Use torchjd's engine: the Gramian without Jacobians, then one weighted backward pass."""
     engine, weighting = Engine(net.trunk, batch_dim=None), PCGradWeighting()
 
     def step() -> None:
@@ -109,7 +109,7 @@ def autogram(net: MultiTask) -> Call:
 
 
 def by_hand(net: MultiTask) -> Call:
-    """n plain backward passes, then the textbook's vectors; heads are projected along."""
+    """Do n plain backward passes, then the textbook's vectors; heads are projected along."""
     parameters = list(net.parameters())
 
     def step() -> None:

@@ -152,3 +152,24 @@ def make(kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Cas
     if batch.is_floating_point():
         batch = batch.to(dtype)
     return Case(trunk.to(dtype), heads.to(dtype), batch)
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
+        self.first = nn.Linear(8, 3)
+        self.second = nn.Linear(8, 3)
+        self.unused = nn.Linear(8, 3)
+
+    def losses(self) -> dict[str, Tensor]:
+        hidden = self.trunk(torch.randn(5, 6, generator=torch.Generator().manual_seed(1)))
+        return {
+            "first": self.first(hidden).square().mean(),
+            "second": -self.second(hidden).tanh().mean(),
+        }
+
+
+def gradients_of(model: TwoHeads) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -12,31 +12,8 @@ from esper.tolaria.aggregation import (
     Sum,
     Weighted,
     backward,
-    by_layer,
-    by_name,
 )
-from tolaria.aggregation.models import make
-
-
-class TwoHeads(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.trunk = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
-        self.first = nn.Linear(8, 3)
-        self.second = nn.Linear(8, 3)
-        self.unused = nn.Linear(8, 3)
-
-    def losses(self) -> dict[str, Tensor]:
-        hidden = self.trunk(torch.randn(5, 6, generator=torch.Generator().manual_seed(1)))
-        return {
-            "first": self.first(hidden).square().mean(),
-            "second": -self.second(hidden).tanh().mean(),
-        }
-
-
-def gradients_of(model: TwoHeads) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+from tolaria.aggregation.models import TwoHeads, gradients_of, make
 
 
 def test_sum_equals_one_backward_pass_of_the_summed_loss() -> None:
@@ -164,89 +141,6 @@ def test_an_absent_task_is_a_dropped_row() -> None:
     torch.testing.assert_close(model.trunk[0].weight.grad, plain.trunk[0].weight.grad)
 
 
-def test_named_heads_get_the_plain_sum() -> None:
-    model, plain = TwoHeads(), TwoHeads()
-    heads = list(model.trunk[2].parameters())
-    report = backward(model.losses(), list(model.parameters()), Mean(), heads=heads)
-    torch.stack(list(plain.losses().values())).sum().backward()
-    torch.testing.assert_close(model.trunk[2].weight.grad, plain.trunk[2].weight.grad)
-    # All others are projected, also those that one task alone reaches.
-    torch.testing.assert_close(model.first.weight.grad * 2, plain.first.weight.grad)
-    rows = [
-        torch.autograd.grad(loss, list(plain.parameters()), retain_graph=True, allow_unused=True)
-        for loss in plain.losses().values()
-    ]
-    squares = [
-        sum(
-            gradient.double().square().sum()
-            for parameter, gradient in zip(plain.parameters(), row, strict=True)
-            if gradient is not None and all(parameter is not p for p in plain.trunk[2].parameters())
-        )
-        for row in rows
-    ]
-    torch.testing.assert_close(report.gramian.diagonal(), torch.stack(squares))  # type: ignore[arg-type]
-
-
-def test_with_no_heads_everything_is_projected() -> None:
-    model, plain = TwoHeads(), TwoHeads()
-    backward(model.losses(), list(model.parameters()), Mean(), heads=())
-    torch.stack(list(plain.losses().values())).mean().backward()
-    expected = gradients_of(plain)
-    for name, gradient in gradients_of(model).items():
-        torch.testing.assert_close(gradient, expected[name])
-
-
-def test_each_layer_has_weights_and_a_report_of_its_own() -> None:
-    case = make("mlp", dtype=torch.float64)
-    rows = [
-        torch.autograd.grad(loss, list(case.trunk.parameters()), retain_graph=True)
-        for loss in case.losses().values()
-    ]
-    groups = {name: members for name, members in by_layer(case.trunk).items() if members}
-    groups["heads"] = list(case.heads.parameters())
-    report = backward(case.losses(), case.parameters, PCGrad(), groups=groups)
-    assert list(report.groups) == ["0", "2.inner", "4"]
-    assert report.weights.shape == (3, 3)
-    torch.testing.assert_close(
-        report.gramian, torch.stack([part.gramian for part in report.groups.values()]).sum(0)
-    )
-    generator = PCGrad()
-    for place, (name, part) in enumerate(report.groups.items()):
-        matrix = torch.stack(
-            [torch.cat([row[2 * place].flatten(), row[2 * place + 1]]) for row in rows]
-        )
-        torch.testing.assert_close(part.gramian, matrix @ matrix.T)
-        weights = generator.weights(matrix @ matrix.T)
-        torch.testing.assert_close(part.weights, weights)
-        weight = groups[name][0]
-        torch.testing.assert_close(
-            weight.grad.flatten(),
-            (weights @ matrix)[: weight.numel()],  # type: ignore[union-attr]
-        )
-
-
-@pytest.mark.parametrize("mode", ["sequential", "batched", "factored"])
-def test_one_group_of_everything_is_no_group(mode: str) -> None:
-    case = make("words", dtype=torch.float64)
-    torch.manual_seed(4)
-    backward(case.losses(), case.parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
-    expected = case.gradients()
-    case.clear()
-    groups = {"all": case.parameters}
-    torch.manual_seed(4)
-    report = backward(case.losses(), case.parameters, PCGrad(), mode=mode, groups=groups)  # type: ignore[arg-type]
-    assert list(report.groups) == ["all"]
-    for found, wanted in zip(case.gradients(), expected, strict=True):
-        torch.testing.assert_close(found, wanted)
-
-
-def test_groups_by_name_take_what_lies_under_them() -> None:
-    model = TwoHeads()
-    groups = by_name(model, ["trunk.0", ""])
-    report = backward(model.losses(), list(model.parameters()), PCGrad(), groups=groups)
-    assert list(report.groups) == ["trunk.0", ""]
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_frozen_parameters_are_left_alone(mode: str) -> None:
     model, plain = TwoHeads(), TwoHeads()
@@ -259,14 +153,6 @@ def test_frozen_parameters_are_left_alone(mode: str) -> None:
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, expected[name])
-
-
-def test_frozen_parameters_may_stand_in_groups() -> None:
-    model = TwoHeads()
-    model.trunk[0].weight.requires_grad_(requires_grad=False)
-    groups = {"first": [model.trunk[0].weight], "rest": list(model.trunk.parameters())[1:]}
-    report = backward(model.losses(), list(model.parameters()), PCGrad(), groups=groups)
-    assert list(report.groups) == ["rest"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -353,13 +239,6 @@ def test_bad_input_is_refused(
         backward(losses, [nn.Parameter(torch.ones(1))], aggregator, **options)
 
 
-def test_a_shared_parameter_outside_every_group_is_refused() -> None:
-    model = TwoHeads()
-    groups = {"some": list(model.trunk[0].parameters())}
-    with pytest.raises(RuntimeError, match=r"shape \(8, 8\) is in no group"):
-        backward(model.losses(), list(model.parameters()), PCGrad(), groups=groups)
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", ["sequential", "factored", "features"])
 def test_nothing_waits_for_the_device(mode: str) -> None:
@@ -383,18 +262,6 @@ def test_one_task_has_the_same_weight_in_every_mode(mode: str) -> None:
     expected = gradients_of(plain)
     for name, gradient in gradients_of(model).items():
         torch.testing.assert_close(gradient, expected[name])
-
-
-@pytest.mark.parametrize("mode", ["sequential", "factored", "batched"])
-def test_groups_of_tasks_that_share_nothing_are_empty(mode: str) -> None:
-    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    losses = {"a": first.sum(), "b": second.sum() * 2}
-    report = backward(losses, [first, second], PCGrad(), groups={"all": [first, second]}, mode=mode)  # type: ignore[arg-type]
-    assert report.groups == {}
-    assert report.gramian.tolist() == [[0, 0], [0, 0]]
-    assert report.weights.shape == (0, 2)
-    assert second.grad is not None
-    assert second.grad.tolist() == [2, 2]
 
 
 def test_a_parameter_that_is_given_twice_counts_once() -> None:

@@ -21,16 +21,8 @@ def losses_by_task(
     :returns: the mean loss over the samples of each task; None for a task without samples.
     :raises RuntimeError: shapes differ, ids are no integers, or a sample belongs to no task.
     """
-    if sample_losses.dim() != 1 or ids.shape != sample_losses.shape:
-        raise RuntimeError(
-            f"sample_losses has shape {tuple(sample_losses.shape)} and ids {tuple(ids.shape)}; "
-            "give both one number for each sample (a loss with reduction='none')"
-        )
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise RuntimeError(f"ids are {ids.dtype}; give integers")
     numbers = tasks if isinstance(tasks, Mapping) else {t: n for n, t in enumerate(tasks)}
-    if not numbers or len(set(numbers.values())) < len(numbers):
-        raise RuntimeError(f"tasks are {dict(numbers)}; give at least one, each its own number")
+    _check(sample_losses, ids, numbers)
     members = {task: ids == number for task, number in numbers.items()}
     # Which tasks are present decides the shape of all that follows, so that it has to be read here.
     counts: list[int] = torch.stack([member.sum() for member in members.values()]).tolist()
@@ -41,3 +33,15 @@ def losses_by_task(
         task: sample_losses[member].mean() if count else None
         for (task, member), count in zip(members.items(), counts, strict=True)
     }
+
+
+def _check(sample_losses: Tensor, ids: Tensor, numbers: Mapping[str, int]) -> None:
+    if sample_losses.dim() != 1 or ids.shape != sample_losses.shape:
+        raise RuntimeError(
+            f"sample_losses has shape {tuple(sample_losses.shape)} and ids {tuple(ids.shape)}; "
+            "give both one number for each sample (a loss with reduction='none')"
+        )
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise RuntimeError(f"ids are {ids.dtype}; give integers")
+    if not numbers or len(set(numbers.values())) < len(numbers):
+        raise RuntimeError(f"tasks are {dict(numbers)}; give at least one, each its own number")

@@ -35,20 +35,23 @@ def combine(
     """
     wide = targets[0].device.type == "cpu" or targets[0].dtype == torch.float64
     dtype = torch.float64 if wide else torch.float32
-    weights = weights.to(dtype)
     totals = [
         target.to(dtype) if adds else torch.zeros_like(target, dtype=dtype)
         for target, adds in zip(targets, add, strict=True)
     ]
-    for task, row in enumerate(rows):
-        present = [column for column, gradient in enumerate(row) if gradient is not None]
-        gradients = [gradient.to(dtype) for gradient in row if gradient is not None]
-        if gradients:
-            weighted = torch._foreach_mul(gradients, weights[task])
-            torch._foreach_add_([totals[column] for column in present], weighted)
+    for row, weight in zip(rows, weights.to(dtype), strict=True):
+        _add_weighted(totals, row, weight)
     for target, total in zip(targets, totals, strict=True):
         if target is not total:
             target.copy_(total)
+
+
+def _add_weighted(totals: Sequence[Tensor], row: _Row, weight: Tensor) -> None:
+    dtype = totals[0].dtype
+    present = {column: g.to(dtype) for column, g in enumerate(row) if g is not None}
+    if present:
+        weighted = torch._foreach_mul(list(present.values()), weight)
+        torch._foreach_add_([totals[column] for column in present], weighted)
 
 
 def _blocks(lengths: Sequence[int], limit: int) -> Iterator[list[tuple[int, int, int]]]:

@@ -88,16 +88,15 @@ class Combination:
     def _split(self, gradients: TaskGradients) -> tuple[list[int], list[int]]:
         """Return the parameters to project and those to leave as they are, of those reached."""
         counts = gradients.reached()
-        columns = [column for column, count in enumerate(counts) if count]
-        if self.heads is not None:
-            named = {id(head) for head in self.heads}
-            apart = [column for column in columns if id(self.parameters[column]) in named]
-        elif len(gradients.rows) > 1:
-            apart = [column for column in columns if counts[column] == 1]
-        else:
-            return columns, []
-        kept = set(apart)
-        return [column for column in columns if column not in kept], apart
+        alone = self.heads is None and len(gradients.rows) > 1
+        named = {id(head) for head in self.heads or ()}
+        shared: list[int] = []
+        apart: list[int] = []
+        for column, count in enumerate(counts):
+            if count:
+                is_head = count == 1 if alone else id(self.parameters[column]) in named
+                (apart if is_head else shared).append(column)
+        return shared, apart
 
     def _weights(self, gramian: Tensor, tasks: tuple[str, ...]) -> Tensor:
         if isinstance(self.aggregator, Refreshed):

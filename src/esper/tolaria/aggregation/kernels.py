@@ -4,7 +4,7 @@ Gradients are rows: tasks by parameters, None where a task does not reach a para
 the compiled kernels stream them; elsewhere, and where nothing was compiled, torch does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,20 +121,20 @@ def select(rows: Sequence[Row], columns: Sequence[int]) -> Selection:
     :raises RuntimeError: the gradients lie on several devices, or are not real.
     """
     chosen = [[row[column] for column in columns] for row in rows]
-    samples = [
-        gradient if gradient is not None else _sample(rows, column)
-        for gradient, column in zip(chosen[0], columns, strict=True)
-    ]
+    samples = _samples(chosen, columns)
     _check_devices(samples, columns)
     dtypes = {sample.dtype for sample in samples}
     if len(dtypes) == 1:
-        return Selection(len(rows), len(columns), [Stack.of(chosen, range(len(columns)), samples)])
-    groups = [[p for p, sample in enumerate(samples) if sample.dtype is dtype] for dtype in dtypes]
-    stacks = [
-        Stack.of([[row[p] for p in places] for row in chosen], places, [samples[p] for p in places])
-        for places in groups
-    ]
+        stacks = [Stack.of(chosen, range(len(columns)), samples)]
+    else:
+        stacks = [_stack_of(dtype, chosen, samples) for dtype in dtypes]
     return Selection(len(rows), len(columns), stacks)
+
+
+def _stack_of(dtype: torch.dtype, rows: Sequence[Row], samples: Sequence[Tensor]) -> Stack:
+    places = [place for place, sample in enumerate(samples) if sample.dtype is dtype]
+    part = [[row[place] for place in places] for row in rows]
+    return Stack.of(part, places, [samples[place] for place in places])
 
 
 def _check_devices(samples: Sequence[Tensor], columns: Sequence[int]) -> None:
@@ -173,24 +173,30 @@ def describe(tensor: Tensor) -> str:
 
 
 def _align(column: int, gradients: Row) -> Row:
-    present = [gradient for gradient in gradients if gradient is not None]
-    for gradient in present:
+    for gradient in _present(gradients):
         if gradient.layout is not torch.strided:
             raise RuntimeError(
                 f"the gradient of parameter {column} is sparse; build its embedding with "
                 "sparse=False to aggregate several tasks"
             )
-    if any(gradient.is_neg() for gradient in present):
-        # The memory of such a view, the imaginary part of a conjugate, holds the opposite.
-        gradients = [None if gradient is None else gradient.resolve_neg() for gradient in gradients]
-        present = [gradient for gradient in gradients if gradient is not None]
+    # The memory of some views, such as the imaginary part of a conjugate, holds the opposite.
+    gradients = _each(gradients, Tensor.resolve_neg)
+    present = _present(gradients)
     if all(gradient.is_contiguous() for gradient in present):
         return gradients
     # Without gaps and in one order, such as channels last: as good as contiguous.
     strides = {gradient.stride() for gradient in present}
     if len(strides) == 1 and _is_channels_last(present[0]):
         return gradients
-    return [None if gradient is None else gradient.contiguous() for gradient in gradients]
+    return _each(gradients, Tensor.contiguous)
+
+
+def _present(gradients: Row) -> list[Tensor]:
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _each(gradients: Row, change: Callable[[Tensor], Tensor]) -> Row:
+    return [None if gradient is None else change(gradient) for gradient in gradients]
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
@@ -209,9 +215,16 @@ def _settle(result: Tensor, target: Tensor | None) -> Tensor:
     return result if target is None or target is result else target.add_(result)
 
 
-def _sample(rows: Sequence[Row], column: int) -> Tensor:
-    for row in rows:
-        gradient = row[column]
-        if gradient is not None:
-            return gradient
-    raise RuntimeError(f"no gradients available for aggregation of parameter {column}")
+def _samples(rows: Sequence[Row], columns: Sequence[int]) -> list[Tensor]:
+    """Return a gradient of each column."""
+    samples: list[Tensor] = []
+    for place, (gradient, column) in enumerate(zip(rows[0], columns, strict=True)):
+        sample = gradient if gradient is not None else _first([row[place] for row in rows])
+        if sample is None:
+            raise RuntimeError(f"no gradients available for aggregation of parameter {column}")
+        samples.append(sample)
+    return samples
+
+
+def _first(gradients: Row) -> Tensor | None:
+    return next((gradient for gradient in gradients if gradient is not None), None)
