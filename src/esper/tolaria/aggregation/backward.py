@@ -38,11 +38,15 @@ def backward(
 
     - ``sequential``: exact; one pass for each task. Works wherever autograd does.
     - ``factored``: exact but for rounding; one pass for each task, without the weight gradients of
-      linear layers that are wider than the batch is long.
+      layers that are wider than the batch is long: linear ones, convolutions over small images,
+      embeddings.
     - ``batched``: exact but for rounding; one vectorised pass. Needs operators that can be
       vectorised: no compiled model, no activation checkpointing.
+    - ``batched-factored``: both.
     - ``features``: one pass. The Gramian is that of the gradients at the shared representation, an
       upper bound that ignores what the trunk does to them (MGDA-UB, arXiv 1810.04650).
+
+    Which is fastest depends on the model: :func:`measure_modes` tells.
 
     With :class:`Refreshed` as the aggregator, calls in between take one pass.
 

@@ -7,17 +7,18 @@ differ in what they leave out.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from esper.tolaria.aggregation.gradients import Part, Row, TaskGradients, formed
+from esper.tolaria.aggregation.gradients import Part, TaskGradients, formed
 from esper.tolaria.aggregation.graph import SharedGraph, shared_graph
-from esper.tolaria.aggregation.layer import wide_layers
+from esper.tolaria.aggregation.layer import Layer, wide_layers
 
-Mode = Literal["sequential", "batched", "factored", "features"]
+Mode = Literal["sequential", "factored", "batched", "batched-factored", "features"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 _Grads = Sequence[Tensor | None]
 _DONATED = "donated buffers"
@@ -46,64 +47,86 @@ class Features:
             torch.autograd.backward(edges, sums, inputs=shared)
 
 
-def sequential(losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> TaskGradients:
+@dataclass(frozen=True)
+class _Targets:
+    """What is asked of the trunk.
+
+    :ivar layers: those whose weights stay in factors, so that gradients at their outputs do.
+    :ivar others: the parameters whose gradients are formed.
+    """
+
+    parameters: Sequence[Tensor]
+    layers: Mapping[int, Layer]
+    others: Sequence[int]
+
+    def inputs(self) -> list[Tensor | GradientEdge]:
+        """Return what to hand to autograd."""
+        return [
+            *(layer.output for layer in self.layers.values()),
+            *(self.parameters[index] for index in self.others),
+        ]
+
+    def gather(
+        self, losses: Mapping[str, Tensor], rows: Sequence[_Grads], heads: Sequence[_Grads]
+    ) -> TaskGradients:
+        """Return the tasks' gradients.
+
+        :param rows: for each task, gradients of :meth:`inputs`.
+        :param heads: for each task, gradients of parameters that were not asked for here.
+        """
+        first = len(self.layers)
+        gradients = formed(
+            losses,
+            [
+                _spread(row[first:], self.others, head)
+                for row, head in zip(rows, heads, strict=True)
+            ],
+        )
+        for position, (index, layer) in enumerate(self.layers.items()):
+            outputs = [row[position] for row in rows]
+            if any(output is not None for output in outputs):
+                gradients.factored[index] = layer.factors(outputs)
+        return gradients
+
+
+def one_by_one(
+    losses: Mapping[str, Tensor], parameters: Sequence[Tensor], *, factored: bool
+) -> TaskGradients:
     """Pull each task's gradient through its whole graph, one after the other."""
+    layers: dict[int, Layer] = {}
+    if factored:
+        layers = wide_layers(shared_graph(list(losses.values()), parameters), parameters)
+    others = [index for index in range(len(parameters)) if index not in layers]
+    targets = _Targets(parameters, layers, others)
+    inputs = targets.inputs()
     last = len(losses) - 1
-    rows = [
-        _pull([loss], parameters, None, keep=task < last)
-        for task, loss in enumerate(losses.values())
-    ]
-    return formed(losses, rows)
+    rows = [_pull([loss], inputs, keep=task < last) for task, loss in enumerate(losses.values())]
+    return targets.gather(losses, rows, [[None] * len(parameters)] * len(rows))
 
 
-def batched(losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> TaskGradients:
+def together(
+    losses: Mapping[str, Tensor], parameters: Sequence[Tensor], *, factored: bool
+) -> TaskGradients:
     """Pull through each head once, then through the trunk with all tasks in one vectorised pass."""
     graph = shared_graph(list(losses.values()), parameters)
     heads, arriving = _through_heads(losses, parameters, graph)
     reached = [edge for edge in range(len(graph.frontier)) if any(_present(arriving, edge))]
-    together = _vectorised(
+    layers = wide_layers(graph, parameters) if factored else {}
+    targets = _Targets(parameters, layers, [i for i in graph.shared if i not in layers])
+    pulled = _vectorised(
         [graph.frontier[edge] for edge in reached],
-        [parameters[index] for index in graph.shared],
+        targets.inputs(),
         [_fill([row[edge] for row in arriving]) for edge in reached],
     )
-    for task, row in enumerate(heads):
-        for index, gradients in zip(graph.shared, together, strict=True):
-            row[index] = None if gradients is None else gradients[task]
-    return formed(losses, heads)
-
-
-def factored(losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> TaskGradients:
-    """Pull as :func:`sequential` does, but leave out the weight gradients of wide layers.
-
-    See :mod:`esper.tolaria.aggregation.layer`; the result is that of :func:`sequential` but for
-    rounding.
-    """
-    graph = shared_graph(list(losses.values()), parameters)
-    layers = wide_layers(graph, parameters)
-    if not layers:
-        return sequential(losses, parameters)
-    rest = [index for index in range(len(parameters)) if index not in layers]
-    targets: list[Tensor | GradientEdge] = [
-        *(layer.output for layer in layers.values()),
-        *(parameters[index] for index in rest),
-    ]
-    rows: list[Row] = []
-    outputs: list[_Grads] = []
-    last = len(losses) - 1
-    for task, loss in enumerate(losses.values()):
-        row = _pull([loss], targets, None, keep=task < last)
-        outputs.append(row[: len(layers)])
-        rows.append(_spread(row[len(layers) :], rest, len(parameters)))
-    gradients = formed(losses, rows)
-    for position, (index, layer) in enumerate(layers.items()):
-        gradients.factored[index] = layer.factors([row[position] for row in outputs])
-    return gradients
+    rows = [[None if g is None else g[task] for g in pulled] for task in range(len(losses))]
+    return targets.gather(losses, rows, heads)
 
 
 EXACT: dict[str, Callable[[Mapping[str, Tensor], Sequence[Tensor]], TaskGradients]] = {
-    "sequential": sequential,
-    "batched": batched,
-    "factored": factored,
+    "sequential": partial(one_by_one, factored=False),
+    "factored": partial(one_by_one, factored=True),
+    "batched": partial(together, factored=False),
+    "batched-factored": partial(together, factored=True),
 }
 
 
@@ -133,9 +156,9 @@ def _through_heads(
                 *graph.frontier,
                 *(parameters[index] for index in own),
             ]
-            row = _pull([loss], targets, None, keep=True)
+            row = _pull([loss], targets, keep=True)
             arriving.append(row[:edges])
-            heads.append(_spread(row[edges:], own, len(parameters)))
+            heads.append(_spread(row[edges:], own, [None] * len(parameters)))
     return heads, arriving
 
 
@@ -156,7 +179,6 @@ def _present(rows: Sequence[_Grads], column: int) -> list[bool]:
 def _pull(
     outputs: Sequence[Tensor | GradientEdge],
     inputs: Sequence[Tensor | GradientEdge],
-    gradients: _Grads | None,
     *,
     keep: bool,
 ) -> list[Tensor | None]:
@@ -164,7 +186,6 @@ def _pull(
         row = torch.autograd.grad(
             outputs,  # type: ignore[arg-type]
             inputs,  # type: ignore[arg-type]
-            grad_outputs=gradients,
             retain_graph=keep,
             allow_unused=True,
         )
@@ -180,7 +201,9 @@ def _pull(
 
 
 def _vectorised(
-    outputs: Sequence[GradientEdge], inputs: Sequence[Tensor], gradients: Sequence[Tensor]
+    outputs: Sequence[GradientEdge],
+    inputs: Sequence[Tensor | GradientEdge],
+    gradients: Sequence[Tensor],
 ) -> list[Tensor | None]:
     """Pull n gradients at once; each comes back with a leading dimension n."""
     if not inputs or not outputs:
@@ -188,7 +211,7 @@ def _vectorised(
     try:
         row = torch.autograd.grad(
             outputs,
-            inputs,
+            inputs,  # type: ignore[arg-type]
             grad_outputs=gradients,
             is_grads_batched=True,
             allow_unused=True,
@@ -207,8 +230,9 @@ def _fill(gradients: _Grads) -> Tensor:
     return torch.stack([torch.zeros_like(known) if g is None else g for g in gradients])
 
 
-def _spread(row: _Grads, indices: Sequence[int], width: int) -> list[Tensor | None]:
-    result: list[Tensor | None] = [None] * width
+def _spread(row: _Grads, indices: Sequence[int], onto: _Grads) -> list[Tensor | None]:
+    """Return a copy of ``onto`` with the gradients of a row at some indices."""
+    result = list(onto)
     for index, gradient in zip(indices, row, strict=True):
         result[index] = gradient
     return result
