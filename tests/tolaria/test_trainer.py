@@ -251,7 +251,7 @@ def test_a_failing_loss_ends_the_run_as_failed() -> None:
         (lambda x: {"left": x}, "'left' has shape"),
         (lambda x: x.detach().sum(), "carries no gradient"),
         (lambda x: 3.0, "returned a float"),
-        (lambda x: {}, "no task"),
+        (lambda x: {}, "no loss"),
         (lambda x: {"left": 1.0}, "'left' is a float"),
     ],
 )

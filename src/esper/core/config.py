@@ -1,7 +1,7 @@
 """What can be set: the sections of the configuration, their defaults and their limits."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
 
@@ -21,6 +21,18 @@ class TrainConfig(Section):
     threads: int = Field(0, ge=0, description="CPU threads of torch; 0 leaves torch's choice.")
     clip_norm: PositiveFloat | None = Field(
         None, description="Largest norm of the combined gradient; unset means no clipping."
+    )
+
+
+AggregationMode = Literal["sequential", "factored", "batched", "batched-factored", "features"]
+
+
+class AggregationConfig(Section):
+    """How the gradients of several tasks are obtained; see the page docs/aggregation.md."""
+
+    mode: AggregationMode = Field(
+        "sequential",
+        description="sequential, factored, batched, batched-factored (all exact), or features.",
     )
 
 
@@ -96,6 +108,7 @@ class TolariaConfig(Section):
     """Everything the engine can be told, by section."""
 
     train: TrainConfig = TrainConfig()
+    aggregation: AggregationConfig = AggregationConfig()
     guard: GuardConfig = GuardConfig()
     snapshots: SnapshotConfig = SnapshotConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()

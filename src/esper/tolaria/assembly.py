@@ -137,6 +137,7 @@ def _objective(job: TrainingJob, config: TolariaConfig) -> Objective:
         job.loss,
         aggregator=job.aggregator or PCGrad(),
         scaler=job.scaler,
+        mode=config.aggregation.mode,
         measure_norm=config.guard.enabled or config.train.clip_norm is not None,
     )
 

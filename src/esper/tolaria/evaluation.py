@@ -1,6 +1,6 @@
 """Metrics on the validation data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,7 +38,9 @@ class Evaluation:
         self._place = place
 
     def run(self) -> dict[str, float]:
-        """Return each metric's mean over all samples; empty without validation data.
+        """Return each metric's mean over all batches that it was measured on.
+
+        Empty without validation data.
 
         :raises LossError: the metric function returned something that is no number.
         """
@@ -55,19 +57,21 @@ class Evaluation:
     def _run(self, plan: DataPlan) -> dict[str, float]:
         fetch = fetcher(plan.dataset, plan.collate)
         totals: dict[str, float] = {}
+        counts: dict[str, int] = {}
         for start in range(0, plan.samples, plan.batch_size):
             samples = list(range(start, min(start + plan.batch_size, plan.samples)))
             content = self._place(fetch(samples))
             for name, value in self._measure(content).items():
                 totals[name] = totals.get(name, 0.0) + value * len(samples)
-        return {name: total / plan.samples for name, total in totals.items()}
+                counts[name] = counts.get(name, 0) + len(samples)
+        return {name: total / counts[name] for name, total in totals.items()}
 
     def _measure(self, content: Any) -> dict[str, float]:  # noqa: ANN401 - the user's batch
         if self._metrics is not None:
             measured = self._metrics(self._model, content)
         else:
             loss = self._loss(self._model, content)
-            measured = {"loss": loss} if isinstance(loss, Tensor) else loss
+            measured = {"loss": loss} if isinstance(loss, Tensor) else _present(loss)
         try:
             return {str(name): float(value) for name, value in measured.items()}
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
@@ -75,3 +79,9 @@ class Evaluation:
                 f"the metric function returned {type(measured).__qualname__} that is no mapping "
                 f"from names to numbers ({error})"
             ) from error
+
+
+def _present(losses: Any) -> Any:  # noqa: ANN401 - checked by the caller
+    if not isinstance(losses, Mapping):
+        return losses
+    return {task: loss for task, loss in losses.items() if loss is not None}

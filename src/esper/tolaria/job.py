@@ -14,7 +14,7 @@ from esper.leyline import JobError, Policy
 from esper.tolaria.aggregation import Aggregator
 
 # Both are called with the job's own model and batch, whatever their types are.
-LossFunction = Callable[[Any, Any], Tensor | Mapping[str, Tensor]]
+LossFunction = Callable[[Any, Any], Tensor | Mapping[str, Tensor | None]]
 MetricFunction = Callable[[Any, Any], Mapping[str, Tensor | float]]
 
 
@@ -26,7 +26,8 @@ class TrainingJob:
     :param optimizer: over the model's parameters.
     :param data: training data: a map-style data set, or a DataLoader over one. The order of the
         samples is Esper's own, so that a run can resume in the middle of an epoch.
-    :param loss: called with the model and one batch; returns one scalar, or one for each task.
+    :param loss: called with the model and one batch; returns one scalar, or one for each task,
+        None for a task that is absent from the batch.
     :param validation: data that metrics are computed on at the end of each epoch.
     :param metrics: called with the model and one validation batch, without gradients; returns
         means over the batch by name. Without it, the losses are what is validated.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.leyline import LossError
-from esper.tolaria.aggregation import Aggregator, ConflictReport, PCGrad, Sum, backward
+from esper.tolaria.aggregation import Aggregator, ConflictReport, Mode, PCGrad, Sum, backward
 from esper.tolaria.job import LossFunction
 
 SINGLE_TASK = "loss"
@@ -38,6 +38,8 @@ class Objective:
     :param aggregator: combines the tasks' gradients. :class:`Sum` needs no gradient per task, so
         that one backward pass of the summed loss serves and there is no conflict report.
     :param scaler: scales the losses of float16 training.
+    :param mode: how the tasks' gradients are obtained; see
+        :func:`~esper.tolaria.aggregation.backward`.
     :param measure_norm: whether to compute the norm of the combined gradient.
     """
 
@@ -48,12 +50,14 @@ class Objective:
         *,
         aggregator: Aggregator | None = None,
         scaler: torch.amp.GradScaler | None = None,
+        mode: Mode = "sequential",
         measure_norm: bool = True,
     ) -> None:
         self.aggregator: Aggregator = aggregator or PCGrad()
         self._model = model
         self._loss = loss
         self._scaler = scaler
+        self._mode: Mode = mode
         self._measure_norm = measure_norm
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         self._sums = isinstance(self.aggregator, Sum)
@@ -64,15 +68,15 @@ class Objective:
         return self._parameters
 
     def losses(self, content: Any) -> dict[str, Tensor]:  # noqa: ANN401 - the user's batch
-        """Run the model on one batch and return its loss by task.
+        """Run the model on one batch and return its loss by task, without the absent tasks.
 
-        :raises LossError: a loss is not one scalar tensor with a gradient.
+        :raises LossError: a loss is not one scalar tensor with a gradient, or there is none.
         """
         returned = self._loss(self._model, content)
         if isinstance(returned, Tensor):
             losses: dict[str, Any] = {SINGLE_TASK: returned}
         elif isinstance(returned, Mapping):
-            losses = dict(returned)
+            losses = {task: loss for task, loss in returned.items() if loss is not None}
         else:
             raise LossError(
                 f"the loss function returned a {type(returned).__qualname__}; "
@@ -82,7 +86,7 @@ class Objective:
             if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
                 raise LossError(_describe_bad_loss(task, loss))
         if not losses:
-            raise LossError("the loss function returned no task; return at least one loss")
+            raise LossError("the loss function returned no loss; return one for at least one task")
         return losses
 
     def backward(self, losses: dict[str, Tensor]) -> Gradients:
@@ -93,7 +97,9 @@ class Objective:
             scaled: Any = total if self._scaler is None else self._scaler.scale(total)
             scaled.backward()
         else:
-            report = backward(losses, self._parameters, self.aggregator, scaler=self._scaler)
+            report = backward(
+                losses, self._parameters, self.aggregator, mode=self._mode, scaler=self._scaler
+            )
         values = self._read(losses)
         norm = values.pop() if self._measure_norm else None
         named = dict(zip(losses, values, strict=True))

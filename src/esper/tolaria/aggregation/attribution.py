@@ -15,6 +15,9 @@ def losses_by_task(
     ``reduction="none"``. :func:`~esper.tolaria.aggregation.backward` drops absent tasks and names
     them in its report.
 
+    A model that computes every head for every sample and picks one makes each task reach each
+    head, with zeros. Name the heads to ``backward`` to keep them out of the projection.
+
     :param sample_losses: one loss for each sample, batch.
     :param ids: the task of each sample, integers, batch.
     :param tasks: names of the tasks in the order of their numbers, or their numbers by name.

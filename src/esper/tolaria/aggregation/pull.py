@@ -8,17 +8,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from esper.core.config import AggregationMode
 from esper.tolaria.aggregation.gradients import Part, TaskGradients, formed
 from esper.tolaria.aggregation.graph import SharedGraph, shared_graph
 from esper.tolaria.aggregation.layer import Layer, wide_layers
 
-Mode = Literal["sequential", "factored", "batched", "batched-factored", "features"]
+Mode = AggregationMode
 MODES: tuple[Mode, ...] = get_args(Mode)
 _Grads = Sequence[Tensor | None]
 _DONATED = "donated buffers"
