@@ -4,6 +4,8 @@ PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+# What an installation is made of, beyond Python files.
+BUILT := pyproject.toml hatch_build.py src/esper/tolaria/aggregation/native.c
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export OMP_NUM_THREADS ?= 2
 
@@ -44,8 +46,9 @@ docs: $(VENV)/dev.stamp ## snippets run, links resolve, generated files are up t
 	$(BIN)/python scripts/env_example.py --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_docs.py
 
-bench: $(VENV)/bench.stamp ## overhead of the loop beside other trainers
+bench: $(VENV)/bench.stamp ## the loop beside other trainers, aggregation beside other packages
 	$(BIN)/python benchmarks/loop_overhead.py
+	$(BIN)/python benchmarks/aggregation.py
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage*
@@ -57,12 +60,12 @@ $(VENV)/pip.stamp:
 	$(PIP) $(TORCH)
 	@touch $@
 
-$(VENV)/demo.stamp: $(VENV)/pip.stamp pyproject.toml
+$(VENV)/demo.stamp: $(VENV)/pip.stamp $(BUILT)
 	@echo "installing Esper ..."
 	$(PIP) $(TORCH) -e '.[demo]'
 	@touch $@
 
-$(VENV)/dev.stamp: $(VENV)/pip.stamp pyproject.toml
+$(VENV)/dev.stamp: $(VENV)/pip.stamp $(BUILT)
 	@echo "installing Esper with its development tools ..."
 	$(PIP) $(TORCH) -e '.[demo,dev]'
 	@touch $@ $(VENV)/demo.stamp

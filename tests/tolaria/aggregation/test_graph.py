@@ -308,7 +308,8 @@ def test_no_path_is_counted_twice_or_left_out(
     expected = added_up(losses, parameters)
     if mode == "refreshed":
         aggregator = Refreshed(Sum(), every=2)
-        aggregator.refresh(torch.eye(len(losses), dtype=torch.float64), tuple(losses))
+        gramian = torch.eye(len(losses), dtype=torch.float64)
+        aggregator.keep(tuple(losses), gramian, gramian.diagonal())
         assert backward(losses, parameters, aggregator).age == 1
     else:
         backward(losses, parameters, Sum(), mode=mode)  # type: ignore[arg-type]

@@ -46,6 +46,19 @@ class Model(nn.Module):
         report = backward(self.losses(batch, tasks), self.all, aggregator)
         return report, [parameter.grad for parameter in self.all]
 
+    def lengths(self, batch: int) -> Tensor:
+        """Return the norm of each task's gradient at the trunk's output."""
+        hidden = self.trunk(
+            torch.randn(4, 5, generator=torch.Generator().manual_seed(batch))
+        ).detach()
+        hidden.requires_grad_()
+        losses = [
+            (self.heads[task](hidden) * (-1) ** index).exp().mean()
+            for index, task in enumerate(TASKS)
+        ]
+        rows = [torch.autograd.grad(loss, hidden)[0].double().norm() for loss in losses]
+        return torch.stack(rows)
+
     def by_hand(
         self, batch: int, weights: Tensor, tasks: Sequence[str] = TASKS
     ) -> list[Tensor | None]:
@@ -68,24 +81,50 @@ def assert_equal(found: list[Tensor | None], expected: list[Tensor | None]) -> N
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-def test_in_between_the_gradient_is_that_of_the_old_weights() -> None:
+def test_in_between_cosines_are_old_and_lengths_are_new() -> None:
     model, aggregator = Model(), Refreshed(PCGrad(), every=3)
     first, found = model.step(aggregator, 0)
     torch.testing.assert_close(found, model.by_hand(0, first.weights))
     assert (first.weights - 1).abs().max() > 1e-3, "the tasks must disagree for this to say much"
+    ratio = first.norms / model.lengths(0)
     for batch in (1, 2):
         report, found = model.step(aggregator, batch)
-        torch.testing.assert_close(found, model.by_hand(batch, first.weights))
-        assert torch.equal(report.weights, first.weights)
-        assert torch.equal(report.gramian, first.gramian)
+        torch.testing.assert_close(report.cosine, first.cosine)
+        torch.testing.assert_close(report.norms, model.lengths(batch) * ratio)
+        assert not torch.equal(report.norms, first.norms)
+        torch.testing.assert_close(found, model.by_hand(batch, report.weights))
     again, found = model.step(aggregator, 3)
     torch.testing.assert_close(found, model.by_hand(3, again.weights))
-    assert not torch.equal(again.weights, first.weights)
-    assert not torch.equal(again.gramian, first.gramian)
+    assert (again.cosine - first.cosine).abs().max() > 1e-3
+
+
+def test_in_between_the_aggregator_is_asked_about_the_estimate() -> None:
+    model = Model()
+    aggregator = Refreshed(PCGrad(torch.Generator().manual_seed(2)), every=3)
+    plain = PCGrad(torch.Generator().manual_seed(2))
+    for batch in range(5):
+        report, _ = model.step(aggregator, batch)
+        torch.testing.assert_close(report.weights, plain.weights(report.gramian))
+
+
+def test_a_gradient_that_was_short_does_not_blow_up_the_next_update() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    one, other = torch.tensor([1.0, 0.2]), torch.tensor([-1.0, 0.2])
+
+    def step(aggregator: Aggregator, scale: float) -> ConflictReport:
+        features = weight * 3
+        losses = {"a": features @ one, "b": features @ other * scale}
+        return backward(losses, [weight], aggregator)
+
+    aggregator = Refreshed(PCGrad(), every=2)
+    assert step(aggregator, 1e-6).weights[1] > 1e5
+    report = step(aggregator, 1.0)
+    assert report.age == 1
+    torch.testing.assert_close(report.weights, step(PCGrad(), 1.0).weights)
 
 
 def test_in_between_the_gradient_is_added_to_what_is_there() -> None:
-    model, aggregator = Model(), Refreshed(PCGrad(), every=2)
+    model, aggregator = Model(), Refreshed(Mean(), every=2)
     report, _ = model.step(aggregator, 0)
     expected = model.by_hand(1, report.weights)
     for parameter in model.all:
@@ -129,7 +168,7 @@ def test_a_task_that_becomes_absent_refreshes() -> None:
     torch.testing.assert_close(report.weights, torch.tensor([1, 2, 4]).double() / 7)
 
 
-def test_weights_that_are_not_finite_are_not_kept() -> None:
+def test_a_comparison_that_is_not_finite_is_not_kept() -> None:
     model, aggregator = Model(), Refreshed(PCGrad(), every=2)
     model.step(aggregator, 0)
     assert model.step(aggregator, 1)[0].age == 1
@@ -141,7 +180,7 @@ def test_weights_that_are_not_finite_are_not_kept() -> None:
     weight = model.trunk[0].weight.grad
     assert weight is not None
     assert not weight.isfinite().any()
-    # Neither the bad nor the last good weights serve: it asks again.
+    # Neither the bad comparison nor the last good one serves.
     report, found = model.step(aggregator, 3)
     assert report.age == 0
     torch.testing.assert_close(found, model.by_hand(3, report.weights))
@@ -186,10 +225,10 @@ def test_the_order_of_projections_is_part_of_the_state() -> None:
     gramian += torch.diag(torch.arange(4).double())
     aggregator = Refreshed(PCGrad(torch.Generator().manual_seed(3)), every=2)
     saved = aggregator.state_dict()
-    first = aggregator.refresh(gramian, TASKS)
-    assert not torch.equal(aggregator.refresh(gramian, TASKS), first)
+    first = aggregator.weights(gramian)
+    assert not torch.equal(aggregator.weights(gramian), first)
     aggregator.load_state_dict(saved)
-    assert torch.equal(aggregator.refresh(gramian, TASKS), first)
+    assert torch.equal(aggregator.weights(gramian), first)
 
 
 def test_a_fresh_state_makes_it_forget() -> None:
@@ -209,14 +248,19 @@ def test_an_aggregator_without_a_state_can_be_saved() -> None:
     assert aggregator.age == 0
 
 
-def test_asked_for_weights_alone_it_answers_anew() -> None:
-    gramian = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64)
+def test_tasks_without_a_gradient_are_expected_to_have_none() -> None:
     aggregator = Refreshed(PCGrad(), every=9)
-    assert aggregator.refresh(torch.eye(2).double(), "ab").tolist() == [1.0, 1.0]
-    assert aggregator.weights(gramian).tolist() == [1.5, 1.5]
-    kept = aggregator.reuse("ab")
-    assert kept is not None
-    assert kept[1].tolist() == [1.0, 1.0]
+    gramian = torch.tensor([[4.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    aggregator.keep("ab", gramian, torch.tensor([1.0, 0.0], dtype=torch.float64))
+    estimate = aggregator.estimate("ab", torch.tensor([3.0, 5.0], dtype=torch.float64))
+    assert estimate is not None
+    assert estimate.tolist() == [[36, 0], [0, 0]]
+
+
+def test_features_have_nothing_to_refresh() -> None:
+    model = Model()
+    with pytest.raises(RuntimeError, match="give it the aggregator itself"):
+        backward(model.losses(0), model.all, Refreshed(Mean(), every=2), mode="features")
 
 
 @pytest.mark.parametrize("every", [0, -1])
@@ -226,7 +270,7 @@ def test_less_than_every_call_is_refused(every: int) -> None:
 
 
 def test_micro_batches_are_refused() -> None:
-    with pytest.raises(RuntimeError, match="refreshed weights do without; call backward for each"):
+    with pytest.raises(RuntimeError, match="refreshed aggregators do without; call"):
         MicroBatches(Model().all, Refreshed(Mean(), every=2))
 
 

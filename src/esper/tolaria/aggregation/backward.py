@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def backward(
 
     Which is fastest depends on the model: :func:`measure_modes` tells.
 
-    With :class:`Refreshed` as the aggregator, calls in between take one pass.
+    With :class:`Refreshed` as the aggregator, calls in between take one pass in any exact mode.
 
     :param losses: one scalar for each task, by name; None for a task that is absent from the batch.
     :param parameters: leaf tensors; those that require no gradient are left alone.
@@ -70,11 +71,11 @@ def backward(
     scaled = scale.apply(present)
     parameters = trainable(parameters)
     combination = Combination(parameters, aggregator, scale, groups, heads)
-    kept = aggregator.reuse(tuple(present)) if isinstance(aggregator, Refreshed) else None
-    if kept is not None:
-        report = combination.reuse(at_features(scaled, parameters), *kept)
-    elif mode == "features":
+    if mode == "features":
         report = combination.at_features(at_features(scaled, parameters))
+    elif isinstance(aggregator, Refreshed):
+        pull = partial(EXACT[mode], scaled, parameters)
+        report = combination.refreshed(aggregator, at_features(scaled, parameters), pull)
     else:
         report = combination.of(EXACT[mode](scaled, parameters))
     return replace(report, mode=mode, absent=absent)
@@ -102,7 +103,7 @@ class MicroBatches:
         if mode == "features" or isinstance(aggregator, Refreshed):
             raise RuntimeError(
                 "micro-batches accumulate gradients of each task, which mode 'features' and "
-                "refreshed weights do without; call backward for each micro-batch"
+                "refreshed aggregators do without; call backward for each micro-batch"
             )
         _check(mode, aggregator, groups, heads)
         self._combination = Combination(
@@ -178,6 +179,11 @@ def _check(
     one_pass = mode == "features" or isinstance(aggregator, Refreshed)
     if one_pass and (groups is not None or heads is not None):
         raise RuntimeError(
-            "mode 'features' and refreshed weights go through the trunk once, with one set of "
+            "mode 'features' and refreshed aggregators go through the trunk once, with one set of "
             "weights; leave out groups and heads, or choose another mode"
+        )
+    if mode == "features" and isinstance(aggregator, Refreshed):
+        raise RuntimeError(
+            "mode 'features' goes through the trunk once at every call; give it the aggregator "
+            "itself in place of a refreshed one"
         )

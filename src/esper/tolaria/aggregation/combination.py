@@ -1,6 +1,6 @@
 """From the gradients of several tasks to one in ``.grad``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -69,14 +69,22 @@ class Combination:
         weights = self._weights(gramian, tuple(features.heads.rows))
         return self._go_on(features, gramian, weights)
 
-    def reuse(self, features: Features, gramian: Tensor, weights: Tensor) -> ConflictReport:
-        """Go on with weights that are known; what is not finite in this batch is still told."""
-        report = self._go_on(features, gramian, weights)
-        squares = self.scale.unscaled(features.representation.gramian().diagonal())
-        if report.squares_apart is not None:
-            squares = squares + report.squares_apart
-        age = self.aggregator.age if isinstance(self.aggregator, Refreshed) else 0
-        return replace(report, age=age, squares_apart=squares)
+    def refreshed(
+        self, aggregator: Refreshed, features: Features, pull: Callable[[], TaskGradients]
+    ) -> ConflictReport:
+        """Compare the gradients of all tasks when it is time, and else go on with an estimate.
+
+        :param pull: gets the gradients of the parameters themselves.
+        """
+        tasks = tuple(features.heads.rows)
+        lengths = self.scale.unscaled(features.representation.gramian().diagonal()).sqrt()
+        estimate = aggregator.estimate(tasks, lengths)
+        if estimate is None:
+            report = self.of(pull())
+            aggregator.keep(tasks, report.gramian, lengths)
+            return report
+        report = self._go_on(features, estimate, self._weights(estimate, tasks))
+        return replace(report, age=aggregator.age)
 
     def _go_on(self, features: Features, gramian: Tensor, weights: Tensor) -> ConflictReport:
         tasks = tuple(features.heads.rows)
@@ -99,9 +107,10 @@ class Combination:
         return shared, apart
 
     def _weights(self, gramian: Tensor, tasks: tuple[str, ...]) -> Tensor:
-        if isinstance(self.aggregator, Refreshed):
-            return self.aggregator.refresh(gramian, tasks)
-        return finite_weights(self.aggregator, gramian, tasks)
+        asked = self.aggregator
+        if isinstance(asked, Refreshed):
+            asked = asked.aggregator
+        return finite_weights(asked, gramian, tasks)
 
     def _write(self, part: Part, weights: Tensor) -> None:
         parameters = [self.parameters[column] for column in part.columns]

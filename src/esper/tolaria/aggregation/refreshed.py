@@ -1,4 +1,4 @@
-"""Weights that are computed now and then, and reused in between."""
+"""Conflicts that are measured now and then, and assumed to last in between."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,66 +6,83 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper.tolaria.aggregation.base import Aggregator, finite_weights
+from esper.tolaria.aggregation.base import Aggregator
 
 
 class Refreshed:
-    """Asks an aggregator every k calls; in between, its last weights serve.
+    """Has the gradients of all tasks compared every k calls; in between, one pass serves.
 
-    In between, :func:`~esper.tolaria.aggregation.backward` goes through the trunk once, so that a
-    step costs little more than one backward pass of the summed loss. The weights then belong to
-    an earlier batch: that is the error made. A change in which tasks are present refreshes them.
+    What is kept are the cosines between the task gradients, and for each task how much longer its
+    gradient is in the trunk than at the shared representation. In between,
+    :func:`~esper.tolaria.aggregation.backward` takes the lengths at the representation from the
+    batch at hand, and weighs by the Gramian that follows from both; then it goes through the trunk
+    once. The error is that of cosines and ratios that belong to an earlier batch.
 
-    :param aggregator: is asked.
-    :param every: k, calls between two answers.
+    The weights themselves are not kept: they are ratios of lengths, and one that suits a batch
+    with a short gradient can be a hundred times too large for the next.
+
+    A change in which tasks are present has all compared anew, and so has a gradient that was not
+    finite.
+
+    :param aggregator: is asked at every call.
+    :param every: k, calls between two comparisons.
     :raises RuntimeError: k is less than 1.
     """
 
     def __init__(self, aggregator: Aggregator, *, every: int) -> None:
         if every < 1:
             raise RuntimeError(f"every is {every}; give 1 or more")
-        self._aggregator = aggregator
+        self.aggregator = aggregator
         self._every = every
         self._age = 0
         self._tasks: tuple[str, ...] = ()
-        self._gramian: Tensor | None = None
-        self._weights: Tensor | None = None
+        self._cosine = torch.empty(0, 0, dtype=torch.float64)
+        self._ratio = torch.empty(0, dtype=torch.float64)
 
     @property
     def age(self) -> int:
-        """Calls since the weights were computed."""
+        """Calls since the gradients were compared."""
         return self._age
 
-    def reuse(self, tasks: Sequence[str]) -> tuple[Tensor, Tensor] | None:
-        """Return the last Gramian and weights while they serve, and count the call."""
-        known = self._gramian is not None and self._weights is not None
-        if not known or self._tasks != tuple(tasks) or self._age + 1 >= self._every:
+    def estimate(self, tasks: Sequence[str], lengths: Tensor) -> Tensor | None:
+        """Return the Gramian that is to be expected, and count the call; None when it is time.
+
+        :param lengths: norm of each task's gradient at the shared representation; n, float64.
+        :returns: n by n, float64.
+        """
+        if self._tasks != tuple(tasks) or self._age + 1 >= self._every:
             return None
         self._age += 1
-        return self._gramian, self._weights  # type: ignore[return-value]
+        expected = lengths * self._ratio.to(lengths.device)
+        return self._cosine.to(lengths.device) * torch.outer(expected, expected)
 
-    def refresh(self, gramian: Tensor, tasks: Sequence[str]) -> Tensor:
-        """Ask the aggregator, and keep its answer; one that is not finite is not kept."""
-        weights = finite_weights(self._aggregator, gramian, tasks)
-        self._tasks, self._age = tuple(tasks), 0
-        if weights.isfinite().all():
-            self._gramian, self._weights = gramian, weights
-        else:
-            self._gramian = self._weights = None
-        return weights
+    def keep(self, tasks: Sequence[str], gramian: Tensor, lengths: Tensor) -> None:
+        """Take in a comparison.
+
+        :param gramian: of the gradients in the trunk; n by n, float64.
+        :param lengths: as for :meth:`estimate`.
+        """
+        norms = gramian.diagonal().sqrt()
+        scale = torch.outer(norms, norms)
+        self._cosine = torch.where(scale > 0, gramian / scale, 0.0)
+        self._ratio = torch.where(lengths > 0, norms / lengths, 0.0)
+        self._age = 0
+        # Not finite in one place is not finite in the sum.
+        finite = bool((gramian.sum() + lengths.sum()).isfinite())
+        self._tasks = tuple(tasks) if finite else ()
 
     def weights(self, gramian: Tensor) -> Tensor:
-        """Return the aggregator's weights, computed anew."""
-        return self._aggregator.weights(gramian)
+        """Return the aggregator's weights."""
+        return self.aggregator.weights(gramian)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the last answer, its age, and the aggregator's own state."""
-        inner = getattr(self._aggregator, "state_dict", None)
+        """Return the last comparison, its age, and the aggregator's own state."""
+        inner = getattr(self.aggregator, "state_dict", None)
         return {
             "age": self._age,
             "tasks": list(self._tasks),
-            "gramian": _or_empty(self._gramian),
-            "weights": _or_empty(self._weights),
+            "cosine": self._cosine,
+            "ratio": self._ratio,
             "aggregator": {} if inner is None else inner(),
         }
 
@@ -73,13 +90,8 @@ class Refreshed:
         """Set what :meth:`state_dict` returned."""
         self._age = state_dict["age"]
         self._tasks = tuple(state_dict["tasks"])
-        known = state_dict["weights"].numel() > 0
-        self._gramian = state_dict["gramian"].clone() if known else None
-        self._weights = state_dict["weights"].clone() if known else None
-        inner = getattr(self._aggregator, "load_state_dict", None)
+        self._cosine = state_dict["cosine"].clone()
+        self._ratio = state_dict["ratio"].clone()
+        inner = getattr(self.aggregator, "load_state_dict", None)
         if inner is not None:
             inner(state_dict["aggregator"])
-
-
-def _or_empty(tensor: Tensor | None) -> Tensor:
-    return torch.empty(0, dtype=torch.float64) if tensor is None else tensor

@@ -22,7 +22,8 @@ class ConflictReport:
         each group.
     :ivar mode: how the Gramian was obtained; see :func:`~esper.tolaria.aggregation.backward`.
         In mode ``features`` it is that of the gradients at the shared representation.
-    :ivar age: calls since the Gramian was computed; 0 unless weights are refreshed every k calls.
+    :ivar age: calls since the gradients were compared; above 0 only in between the comparisons of
+        a :class:`~esper.tolaria.aggregation.Refreshed`, where the Gramian is an estimate.
     :ivar absent: names of the tasks that had no loss.
     :ivar groups: a report for each group of parameters; empty without groups.
     :ivar squares_apart: squared norm of each task's gradient over its own parameters, which are in
