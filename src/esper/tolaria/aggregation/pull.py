@@ -111,7 +111,7 @@ def together(
     """Pull through each head once, then through the trunk with all tasks in one vectorised pass."""
     graph = shared_graph(list(losses.values()), parameters)
     heads, arriving = _through_heads(losses, parameters, graph)
-    reached = [edge for edge in range(len(graph.frontier)) if any(_present(arriving, edge))]
+    reached = _reached(arriving)
     layers = wide_layers(graph, parameters) if factored else {}
     targets = _Targets(parameters, layers, [i for i in graph.shared if i not in layers])
     pulled = _vectorised(
@@ -119,8 +119,7 @@ def together(
         targets.inputs(),
         [_fill([row[edge] for row in arriving]) for edge in reached],
     )
-    rows = [[None if g is None else g[task] for g in pulled] for task in range(len(losses))]
-    return targets.gather(losses, rows, heads)
+    return targets.gather(losses, _unstack(pulled, len(losses)), heads)
 
 
 EXACT: dict[str, Callable[[Mapping[str, Tensor], Sequence[Tensor]], TaskGradients]] = {
@@ -135,8 +134,7 @@ def at_features(losses: Mapping[str, Tensor], parameters: Sequence[Tensor]) -> F
     """Pull each task's gradient through its head, as far as the shared representation."""
     graph = shared_graph(list(losses.values()), parameters)
     heads, arriving = _through_heads(losses, parameters, graph)
-    reached = [edge for edge in range(len(graph.frontier)) if any(_present(arriving, edge))]
-    representation = formed(losses, arriving).select(reached)
+    representation = formed(losses, arriving).select(_reached(arriving))
     return Features(graph, parameters, formed(losses, heads), representation)
 
 
@@ -173,8 +171,10 @@ def _held_back(nodes: Iterable[Node]) -> Iterator[None]:
         yield
 
 
-def _present(rows: Sequence[_Grads], column: int) -> list[bool]:
-    return [row[column] is not None for row in rows]
+def _reached(rows: Sequence[_Grads]) -> list[int]:
+    """Return the columns in which some row has a gradient."""
+    columns = enumerate(zip(*rows, strict=True))
+    return [column for column, gradients in columns if any(g is not None for g in gradients)]
 
 
 def _pull(
@@ -223,6 +223,11 @@ def _vectorised(
             "which go through the trunk task by task"
         ) from error
     return list(cast("_Grads", row))
+
+
+def _unstack(gradients: _Grads, tasks: int) -> list[_Grads]:
+    """Return a row for each task of gradients with a leading dimension."""
+    return [[None if g is None else g[task] for g in gradients] for task in range(tasks)]
 
 
 def _fill(gradients: _Grads) -> Tensor:
