@@ -11,8 +11,9 @@
 #define CHUNK 4096
 #define BLOCK 4
 #define MAX_TASKS 128
-/* Below this many numbers, waking other threads costs more than it saves. */
-#define SERIAL 65536
+/* For less work than reading so many numbers (some 50 microseconds), one thread is enough: another
+   saves little, and has to be scheduled before the first can go on. */
+#define SERIAL 524288
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define DISPATCH __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -229,10 +230,10 @@ static int64_t next_chunk(const struct table *table, struct stretch *at) {
   return n < CHUNK ? n : CHUNK;
 }
 
-static int threads_for(const struct table *table, int threads) {
+static int threads_for(const struct table *table, int64_t work_each, int threads) {
   int64_t total = 0;
   for (int64_t column = 0; column < table->columns; column++) total += table->lengths[column];
-  return total * table->tasks < SERIAL ? 1 : threads;
+  return total * table->tasks * work_each < SERIAL ? 1 : threads;
 }
 
 /* Writes the inner products of the tasks to `gramian`, tasks by tasks. `partial` is threads by padded
@@ -244,7 +245,8 @@ int esper_gramian(int64_t tasks, int64_t columns, const void *const *pointers,
                   double smallest, double *gramian) {
   const struct table table = {tasks, columns, pointers, lengths, (enum type)type};
   const int64_t padded = tasks <= 2 ? 2 : (tasks + BLOCK - 1) / BLOCK * BLOCK;
-  const int64_t used = threads_for(&table, threads);
+  /* Each number is multiplied with half of the tasks'; about eight products take as long as a read. */
+  const int64_t used = threads_for(&table, 1 + tasks / 16, threads);
 #pragma omp parallel for schedule(static, 1) num_threads(used) if (used > 1)
   for (int64_t thread = 0; thread < used; thread++) {
     struct stretch at = stretch_of(&table, thread, used);
@@ -276,7 +278,7 @@ void esper_combine(int64_t tasks, int64_t columns, const void *const *pointers,
                    const int64_t *lengths, int type, int threads, const double *weights,
                    void *const *targets, const int8_t *accumulate) {
   const struct table table = {tasks, columns, pointers, lengths, (enum type)type};
-  const int64_t used = threads_for(&table, threads);
+  const int64_t used = threads_for(&table, 1, threads);
 #pragma omp parallel for schedule(static, 1) num_threads(used) if (used > 1)
   for (int64_t thread = 0; thread < used; thread++) {
     struct stretch at = stretch_of(&table, thread, used);
