@@ -9,7 +9,8 @@ its weighted sum into memory that is there), and beside merely reading the matri
 ``steps``: a whole training step with n heads, as a multiple of the step with one summed backward
 pass, and the memory that a step needs at its peak.
 
-All in one process, in turns, medians; on all threads of torch.
+All in one process, in turns, medians; on all threads of torch, each bound to a core, with freed
+memory kept by the allocator.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from torchjd.autojac import jac_to_grad
 sys.path.insert(0, str(Path(__file__).parent))
 
 from combining import steps
-from combining.measures import Call, keep_freed_memory, medians, peak_megabytes
+from combining.measures import Call, medians, peak_megabytes, settle
 from combining.networks import TRUNKS, MultiTask
 from combining.peers import flatten, libmtl, optimizer_wrapper, textbook
 from drawing import COLORS, new_figure, save_png
@@ -56,7 +57,7 @@ Table = dict[tuple[object, ...], dict[str, float]]
 
 def main() -> int:
     options = _options()
-    keep_freed_memory()
+    settle()
     lines: list[str] = []
     if "gradients" in options.parts:
         table = combine_gradients(quick=options.quick)

@@ -269,3 +269,37 @@ def test_a_parameter_that_is_given_twice_counts_once() -> None:
     weight.grad = torch.ones(1)
     backward({"a": weight.sum() * 5}, [weight, weight], Sum())
     assert weight.grad.tolist() == [6]
+
+
+def test_a_write_to_grad_is_noticed_by_whoever_saved_it() -> None:
+    weight, factor = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    later = (factor * weight.grad).sum()
+    backward({"a": weight.sum(), "b": weight.square().sum()}, [weight], Sum())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        later.backward()
+
+
+@pytest.mark.parametrize(
+    ("losses", "parameters", "message"),
+    [
+        ([torch.ones((), requires_grad=True)], [], "losses are a list"),
+        ({"a": 1.0}, [], "'a' is a float"),
+        (None, [("weight", nn.Parameter(torch.ones(1)))], "parameter 0 is a tuple and no leaf"),
+        (None, [torch.ones(1, requires_grad=True) * 2], "parameter 0 is a Tensor and no leaf"),
+    ],
+)
+def test_what_is_no_loss_or_parameter_is_refused(
+    losses: Any, parameters: Any, message: str
+) -> None:
+    given = {"a": torch.ones((), requires_grad=True)} if losses is None else losses
+    with pytest.raises(RuntimeError, match=message):
+        backward(given, parameters, Sum())
+
+
+def test_wrapped_tensors_are_refused_by_name() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    weight = nn.Parameter(TwoTensor(torch.randn(4), torch.randn(4)))
+    with pytest.raises(RuntimeError, match="parameter 0 is a TwoTensor; only plain"):
+        backward({"a": (weight * 2).sum(), "b": weight.square().sum()}, [weight], Sum())

@@ -114,3 +114,95 @@ def test_groups_of_tasks_that_share_nothing_are_empty(mode: str) -> None:
     assert report.weights.shape == (0, 2)
     assert second.grad is not None
     assert second.grad.tolist() == [2, 2]
+
+
+class Returning:
+    """An aggregator of the user's."""
+
+    def __init__(self, weights: object) -> None:
+        self._weights = weights
+
+    def weights(self, gramian: torch.Tensor) -> torch.Tensor:
+        return self._weights  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        torch.tensor(0.5).expand(2),
+        torch.diagonal(torch.tensor([[0.5, 9.0], [9.0, 0.5]])),
+        torch.tensor([0.5, 0.5], requires_grad=True),
+        torch.tensor([0.5, 0.5], dtype=torch.float32),
+    ],
+    ids=["expanded", "strided", "with a graph", "float32"],
+)
+def test_weights_of_any_layout_are_taken(weights: torch.Tensor, kernels_in_use: str) -> None:
+    model, plain = TwoHeads(), TwoHeads()
+    report = backward(model.losses(), list(model.parameters()), Returning(weights))
+    backward(plain.losses(), list(plain.parameters()), Mean())
+    assert report.weights.tolist() == [0.5, 0.5]
+    expected = gradients_of(plain)
+    for name, gradient in gradients_of(model).items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
+@pytest.mark.parametrize("weights", [torch.ones(1), torch.ones(20), torch.ones(2, 2), [1.0, 1.0]])
+def test_anything_but_a_weight_for_each_task_is_refused(weights: object) -> None:
+    model = TwoHeads()
+    with pytest.raises(RuntimeError, match=r"Returning returned weights .* for 2 tasks"):
+        backward(model.losses(), list(model.parameters()), Returning(weights))
+    assert gradients_of(model) == {}
+
+
+def test_an_aggregator_that_fails_for_one_group_leaves_all_gradients_alone() -> None:
+    class Second:
+        calls = 0
+
+        def weights(self, gramian: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            if self.calls == 2:
+                raise ValueError("no weights for this part")
+            return torch.ones(len(gramian), dtype=torch.float64)
+
+    model = TwoHeads()
+    with pytest.raises(ValueError, match="no weights"):
+        backward(model.losses(), list(model.parameters()), Second(), groups=by_layer(model))
+    assert gradients_of(model) == {}
+
+
+def test_a_head_that_cannot_be_combined_leaves_the_trunk_alone() -> None:
+    weight, head = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    losses = {"a": weight.sum() + head.abs().sum(), "b": weight.square().sum()}
+    with pytest.raises(RuntimeError, match="give real gradients"):
+        backward(losses, [weight, head], PCGrad())
+    assert weight.grad is None
+
+
+def test_a_head_outside_the_parameters_is_refused() -> None:
+    model = TwoHeads()
+    for heads in ([torch.ones(1, requires_grad=True)], ["first.weight"]):
+        with pytest.raises(RuntimeError, match="head 0 is not among the parameters"):
+            backward(model.losses(), list(model.parameters()), PCGrad(), heads=heads)  # type: ignore[arg-type]
+
+
+def test_groups_may_be_given_as_iterators() -> None:
+    model = TwoHeads()
+    groups = {"trunk": model.trunk.parameters()}
+    report = backward(model.losses(), model.parameters(), PCGrad(), groups=groups)
+    assert list(report.groups) == ["trunk"]
+
+
+def test_without_a_head_a_scaler_finds_its_way() -> None:
+    weight = nn.Parameter(torch.ones(5, device="meta"))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    losses = {"a": weight.sum(), "b": weight.square().sum()}
+    report = backward(losses, [weight], Mean(), scaler=scaler)
+    assert report.gramian.device.type == "meta"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_without_a_head_a_scaler_finds_its_way_on_cuda() -> None:
+    weight = nn.Parameter(torch.ones(5, device="cuda"))
+    scaler = torch.amp.GradScaler("cuda")
+    losses = {"a": weight.sum(), "b": weight.square().sum()}
+    assert backward(losses, [weight], PCGrad(), scaler=scaler).nonfinite == ()

@@ -36,5 +36,10 @@ def test_weights_by_name_follow_the_tasks_that_are_present() -> None:
         aggregator.for_tasks(["d"])
 
 
+def test_a_batch_of_tasks_without_weight_moves_nothing() -> None:
+    aggregator = Weighted({"a": 1, "b": 0}).for_tasks(["b"])
+    assert aggregator.weights(torch.eye(1).double()).tolist() == [0]
+
+
 def test_huge_weights_do_not_overflow() -> None:
     assert Weighted([1e308, 1e308]).weights(torch.eye(2).double()).tolist() == [0.5, 0.5]

@@ -1,11 +1,12 @@
 import pytest
 import torch
+from torch import nn
 
-from esper.tolaria.aggregation import MicroBatches, PCGrad, Refreshed, backward
+from esper.tolaria.aggregation import MicroBatches, PCGrad, Refreshed, Sum, backward
 from tolaria.aggregation.models import Case, make
 
 PARTS = 3
-MODES = ("sequential", "factored", "batched")
+MODES = ("sequential", "batched")
 every_mode = pytest.mark.parametrize("mode", MODES)
 
 
@@ -75,25 +76,66 @@ def test_each_update_begins_anew() -> None:
     torch.testing.assert_close(micro.finish().gramian, first.gramian)
 
 
-def test_factors_of_batches_with_other_tasks_are_refused() -> None:
-    case = make("mlp")
-    micro = MicroBatches(case.parameters, PCGrad(), mode="factored")
-    losses = case.losses()
-    micro.add({"first": losses["first"], "second": losses["second"]})
-    with pytest.raises(RuntimeError, match="mode='sequential'"):
-        micro.add(case.losses())
-
-
 def test_nothing_added_is_refused() -> None:
     case = make("mlp")
     with pytest.raises(RuntimeError, match="no gradients available for aggregation"):
         MicroBatches(case.parameters, PCGrad()).finish()
 
 
-@pytest.mark.parametrize("aggregator", [PCGrad(), Refreshed(PCGrad(), every=2)])
-def test_modes_without_a_gradient_for_each_task_are_refused(
-    aggregator: PCGrad | Refreshed,
-) -> None:
-    mode = "features" if isinstance(aggregator, PCGrad) else "sequential"
+@pytest.mark.parametrize("mode", ["features", "factored", "batched-factored"])
+def test_modes_without_whole_gradients_of_each_task_are_refused(mode: str) -> None:
     with pytest.raises(RuntimeError, match="call backward for each micro-batch"):
-        MicroBatches(make("mlp").parameters, aggregator, mode=mode)  # type: ignore[arg-type]
+        MicroBatches(make("mlp").parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+
+
+def test_a_refreshed_aggregator_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="call backward for each micro-batch"):
+        MicroBatches(make("mlp").parameters, Refreshed(PCGrad(), every=2))
+
+
+def test_micro_batches_may_differ_in_their_memory_format() -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(8, 8, 3, bias=False)
+    last = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
+    plain = torch.randn(2, 8, 6, 6)
+    (layer(last).square().sum() + layer(plain).sin().sum()).backward()
+    expected = layer.weight.grad
+    layer.weight.grad = None
+    micro = MicroBatches([layer.weight], Sum())
+    micro.add({"a": layer(last).square().sum()})
+    micro.add({"b": layer(plain).sin().sum()})
+    micro.finish()
+    torch.testing.assert_close(layer.weight.grad, expected)
+
+
+def test_an_error_in_finish_keeps_what_was_added() -> None:
+    class Moody:
+        calls = 0
+
+        def weights(self, gramian: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            if self.calls == 1:
+                raise ValueError("not now")
+            return torch.ones(len(gramian), dtype=torch.float64)
+
+    case = make("mlp")
+    micro = MicroBatches(case.parameters, Moody())
+    micro.add(case.losses())
+    with pytest.raises(ValueError, match="not now"):
+        micro.finish()
+    assert all(parameter.grad is None for parameter in case.parameters)
+    assert micro.finish().num_tasks == 3
+
+
+def test_heads_may_be_given_as_an_iterator() -> None:
+    case = make("mlp")
+    micro = MicroBatches(
+        case.trunk.parameters(),
+        PCGrad(),
+        heads=iter(list(case.trunk[4].parameters())),  # type: ignore[index]
+    )
+    grams = []
+    for _ in range(2):
+        micro.add(case.losses())
+        grams.append(micro.finish().gramian)
+    torch.testing.assert_close(grams[0], grams[1])

@@ -169,3 +169,14 @@ def test_a_selection_of_tasks_draws_from_the_same_generator() -> None:
 def test_bad_preferences_are_refused(preferences: list[float], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         PCGrad(preferences=preferences).weights(torch.eye(2).double())
+
+
+def test_a_gramian_of_float32_is_read_as_such() -> None:
+    gramian = torch.tensor([[1.0, -0.5], [-0.5, 1.0]])
+    assert PCGrad().weights(gramian).tolist() == [1.5, 1.5]
+
+
+@pytest.mark.parametrize("epsilon", [-1.0, float("nan"), 1.0])
+def test_an_epsilon_out_of_range_is_refused(epsilon: float) -> None:
+    with pytest.raises(RuntimeError, match="epsilon is"):
+        PCGrad(epsilon=epsilon)

@@ -270,3 +270,70 @@ def test_a_complex_representation_is_refused() -> None:
     losses = {"a": features.abs().sum(), "b": features.real.sum()}
     with pytest.raises(RuntimeError, match="complex64"):
         backward(losses, [weight], Sum(), mode="features")
+
+
+@pytest.mark.parametrize("mode", EXACT_MODES)
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(3, 40, 2, padding="valid"),
+        nn.Conv2d(3, 40, 3, padding="same"),
+        nn.Conv2d(3, 40, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(3, 40, (2, 1), stride=(1, 2), dilation=(1, 2)),
+    ],
+    ids=str,
+)
+def test_convolutions_of_every_kind(layer: nn.Conv2d, mode: str) -> None:
+    images = torch.randn(1, 3, 4, 4)
+    output = layer(images).tanh()
+    losses = {"a": output.sum(), "b": output.square().sum()}
+    parameters = list(layer.parameters())
+    expected = torch.autograd.grad(losses["a"] + losses["b"], parameters, retain_graph=True)
+    for parameter in parameters:
+        parameter.grad = None
+    backward(losses, parameters, Sum(), mode=mode)  # type: ignore[arg-type]
+    torch.testing.assert_close([parameter.grad for parameter in parameters], list(expected))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("layer", [nn.Linear(60, 60), nn.Conv2d(60, 8, 1)], ids=str)
+def test_layers_that_are_given_no_rows(layer: nn.Module, mode: str) -> None:
+    batch = torch.randn(0, 60, 2, 2) if isinstance(layer, nn.Conv2d) else torch.randn(0, 60)
+    output = layer(batch)
+    losses = {"a": output.sum(), "b": output.square().sum()}
+    backward(losses, list(layer.parameters()), Sum(), mode=mode)  # type: ignore[arg-type]
+    for parameter in layer.parameters():
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+
+
+@pytest.mark.parametrize("mode", EXACT_MODES)
+def test_what_a_padded_place_is_given_does_not_matter(mode: str) -> None:
+    table = nn.Embedding(50, 7, padding_idx=0)
+    words = table(torch.tensor([[0, 3], [4, 0]]))
+    # The norm of a padded word has no derivative.
+    losses = {"a": words.square().sum(-1).sqrt().sum(), "b": words.sum()}
+    report = backward(losses, [table.weight], PCGrad(), mode=mode)  # type: ignore[arg-type]
+    assert report.nonfinite == ()
+    assert table.weight.grad is not None
+    assert table.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("mode", EXACT_MODES)
+def test_one_word_alone_is_looked_up(mode: str) -> None:
+    table = nn.Embedding(50, 7)
+    word = table(torch.tensor(3))
+    losses = {"a": word.sum(), "b": word.square().sum()}
+    backward(losses, [table.weight], Sum(), mode=mode)  # type: ignore[arg-type]
+    assert table.weight.grad is not None
+    torch.testing.assert_close(table.weight.grad[3], 1 + 2 * table.weight[3])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_task_that_reaches_no_parameter(mode: str) -> None:
+    weight, other = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    losses = {"a": weight.sum(), "b": other.sum()}
+    backward(losses, [weight], Sum(), mode=mode)  # type: ignore[arg-type]
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [1, 1, 1]
+    assert other.grad is None

@@ -248,13 +248,14 @@ def test_an_aggregator_without_a_state_can_be_saved() -> None:
     assert aggregator.age == 0
 
 
-def test_tasks_without_a_gradient_are_expected_to_have_none() -> None:
+@pytest.mark.parametrize(("square", "length"), [(0.0, 1.0), (1.0, 0.0), (math.nan, 1.0)])
+def test_a_task_without_a_gradient_has_all_compared_at_the_next_call(
+    square: float, length: float
+) -> None:
     aggregator = Refreshed(PCGrad(), every=9)
-    gramian = torch.tensor([[4.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
-    aggregator.keep("ab", gramian, torch.tensor([1.0, 0.0], dtype=torch.float64))
-    estimate = aggregator.estimate("ab", torch.tensor([3.0, 5.0], dtype=torch.float64))
-    assert estimate is not None
-    assert estimate.tolist() == [[36, 0], [0, 0]]
+    gramian = torch.tensor([[4.0, 0.0], [0.0, square]], dtype=torch.float64)
+    aggregator.keep("ab", gramian, torch.tensor([1.0, length], dtype=torch.float64))
+    assert aggregator.estimate("ab", torch.ones(2, dtype=torch.float64)) is None
 
 
 def test_features_have_nothing_to_refresh() -> None:

@@ -1,6 +1,6 @@
 """One gradient for each task, combined into ``.grad``: what replaces ``loss.backward()``."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -20,12 +20,12 @@ NOTHING = "no gradients available for aggregation"
 
 def backward(
     losses: Mapping[str, Tensor | None],
-    parameters: Sequence[Tensor],
+    parameters: Iterable[Tensor],
     aggregator: Aggregator,
     *,
     mode: Mode = "sequential",
     groups: Groups | None = None,
-    heads: Sequence[Tensor] | None = None,
+    heads: Iterable[Tensor] | None = None,
     scaler: torch.amp.GradScaler | None = None,
 ) -> ConflictReport:
     """Compute each task's gradient and accumulate their aggregation into ``.grad``.
@@ -70,7 +70,7 @@ def backward(
     scale = LossScale.of(scaler, present)
     scaled = scale.apply(present)
     parameters = trainable(parameters)
-    combination = Combination(parameters, aggregator, scale, groups, heads)
+    combination = Combination(parameters, aggregator, scale, *_parts(parameters, groups, heads))
     if mode == "features":
         report = combination.at_features(at_features(scaled, parameters))
     elif isinstance(aggregator, Refreshed):
@@ -87,28 +87,31 @@ class MicroBatches:
     Calling :func:`backward` on each micro-batch adds up updates that were each projected on their
     own; this projects the gradients of the whole batch. It holds one gradient for each task.
 
-    :param parameters: as for :func:`backward`, like the rest; every mode but ``features``.
+    :param parameters: as for :func:`backward`, like the rest.
+    :param mode: ``sequential`` or ``batched``; factors of many micro-batches would be no smaller
+        than the gradients.
+    :raises RuntimeError: another mode, or a refreshed aggregator.
     """
 
     def __init__(
         self,
-        parameters: Sequence[Tensor],
+        parameters: Iterable[Tensor],
         aggregator: Aggregator,
         *,
         mode: Mode = "sequential",
         groups: Groups | None = None,
-        heads: Sequence[Tensor] | None = None,
+        heads: Iterable[Tensor] | None = None,
         scaler: torch.amp.GradScaler | None = None,
     ) -> None:
-        if mode == "features" or isinstance(aggregator, Refreshed):
+        if mode not in ("sequential", "batched") or isinstance(aggregator, Refreshed):
             raise RuntimeError(
-                "micro-batches accumulate gradients of each task, which mode 'features' and "
-                "refreshed aggregators do without; call backward for each micro-batch"
+                "micro-batches accumulate whole gradients of each task, which other modes than "
+                "'sequential' and 'batched' and refreshed aggregators do without; call backward "
+                "for each micro-batch"
             )
         _check(mode, aggregator, groups, heads)
-        self._combination = Combination(
-            trainable(parameters), aggregator, LossScale(), groups, heads
-        )
+        kept = trainable(parameters)
+        self._combination = Combination(kept, aggregator, LossScale(), *_parts(kept, groups, heads))
         self._mode: Mode = mode
         self._scaler = scaler
         self._gradients: TaskGradients | None = None
@@ -136,16 +139,48 @@ class MicroBatches:
         """
         if self._gradients is None:
             raise RuntimeError(NOTHING)
-        gradients, self._gradients = self._gradients, None
-        absent = tuple(task for task in self._named if task not in gradients.rows)
-        self._named = {}
-        return replace(self._combination.of(gradients), mode=self._mode, absent=absent)
+        report = self._combination.of(self._gradients)
+        absent = tuple(task for task in self._named if task not in self._gradients.rows)
+        self._gradients, self._named = None, {}
+        return replace(report, mode=self._mode, absent=absent)
 
 
-def trainable(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Return those that require a gradient, each once."""
-    kept = {id(parameter): parameter for parameter in parameters if parameter.requires_grad}
+def trainable(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return those that require a gradient, each once.
+
+    :raises RuntimeError: something is no tensor, or a tensor that is no leaf.
+    """
+    kept: dict[int, Tensor] = {}
+    for place, parameter in enumerate(parameters):
+        if not _is_tensor(parameter) or not parameter.is_leaf:
+            kind = type(parameter).__qualname__
+            raise RuntimeError(
+                f"parameter {place} is a {kind} and no leaf tensor; give those of "
+                "model.parameters()"
+            )
+        if parameter.requires_grad:
+            kept[id(parameter)] = parameter
     return list(kept.values())
+
+
+def _parts(
+    parameters: Sequence[Tensor],
+    groups: Groups | None,
+    heads: Iterable[Tensor] | None,
+) -> tuple[Groups | None, Sequence[Tensor] | None]:
+    """Return groups and heads as lists, which can be gone through again.
+
+    :raises RuntimeError: a head is not among the parameters.
+    """
+    listed = None if groups is None else {name: list(members) for name, members in groups.items()}
+    if heads is None:
+        return listed, None
+    known = {id(parameter) for parameter in parameters}
+    kept = list(heads)
+    for place, head in enumerate(kept):
+        if not _is_tensor(head) or (head.requires_grad and id(head) not in known):
+            raise RuntimeError(f"head {place} is not among the parameters; give their tensors")
+    return listed, kept
 
 
 def present_losses(
@@ -155,8 +190,16 @@ def present_losses(
 
     :raises RuntimeError: there is none, or one is no scalar or carries no gradient.
     """
+    if not hasattr(losses, "items"):
+        raise RuntimeError(
+            f"losses are a {type(losses).__qualname__}; give a dict of scalars by task"
+        )
     present = {task: loss for task, loss in losses.items() if loss is not None}
     for task, loss in present.items():
+        if not _is_tensor(loss):
+            raise RuntimeError(
+                f"the loss of task {task!r} is a {type(loss).__qualname__}; give a scalar tensor"
+            )
         if loss.numel() != 1:
             raise RuntimeError(
                 f"the loss of task {task!r} has shape {tuple(loss.shape)}; reduce it to a scalar"
@@ -172,7 +215,7 @@ def present_losses(
 
 
 def _check(
-    mode: str, aggregator: Aggregator, groups: Groups | None, heads: Sequence[Tensor] | None
+    mode: str, aggregator: Aggregator, groups: Groups | None, heads: Iterable[Tensor] | None
 ) -> None:
     if mode not in MODES:
         raise RuntimeError(f"mode is {mode!r}; give one of {', '.join(MODES)}")
@@ -187,3 +230,7 @@ def _check(
             "mode 'features' goes through the trunk once at every call; give it the aggregator "
             "itself in place of a refreshed one"
         )
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)

@@ -40,6 +40,7 @@ def finite_weights(aggregator: Aggregator, gramian: Tensor, tasks: Sequence[str]
 
     :param gramian: n by n, float64.
     :returns: n weights, float64, on the device of the Gramian.
+    :raises RuntimeError: the aggregator returned something else than a weight for each task.
     """
     if isinstance(aggregator, ByName):
         aggregator = aggregator.for_tasks(tasks)
@@ -47,7 +48,19 @@ def finite_weights(aggregator: Aggregator, gramian: Tensor, tasks: Sequence[str]
     if gramian.device.type == "cpu":
         if not finite:
             return torch.full_like(gramian.diagonal(), torch.nan)
-        return aggregator.weights(gramian)
+        return _checked(aggregator, aggregator.weights(gramian), gramian)
     # Elsewhere the decision stays on the device, so that nothing has to wait for it.
-    weights = aggregator.weights(gramian.nan_to_num(0.0, 0.0, 0.0))
+    asked = gramian.nan_to_num(0.0, 0.0, 0.0)
+    weights = _checked(aggregator, aggregator.weights(asked), gramian)
     return torch.where(finite, weights, torch.nan)
+
+
+def _checked(aggregator: Aggregator, weights: object, gramian: Tensor) -> Tensor:
+    """Return weights as the kernels take them: one for each task, float64, without gaps."""
+    if not isinstance(weights, Tensor) or weights.shape != gramian.shape[:1]:
+        found = tuple(weights.shape) if isinstance(weights, Tensor) else weights
+        raise RuntimeError(
+            f"{type(aggregator).__qualname__} returned weights {found} for {len(gramian)} tasks; "
+            "return a tensor with one for each"
+        )
+    return weights.detach().to(gramian).contiguous()

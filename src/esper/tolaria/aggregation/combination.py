@@ -37,7 +37,8 @@ class LossScale:
 
     def unscaled(self, gramian: Tensor) -> Tensor:
         """Return the Gramian of the gradients without the factor."""
-        return gramian if self.factor is None else gramian / self.factor**2
+        # The Gramian of no gradients at all is on the CPU.
+        return gramian if self.factor is None else gramian.to(self.factor.device) / self.factor**2
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,24 @@ class Combination:
     heads: Sequence[Tensor] | None = None
 
     def of(self, gradients: TaskGradients) -> ConflictReport:
-        """Combine gradients of the parameters themselves."""
+        """Combine gradients of the parameters themselves.
+
+        All that can fail comes before anything is written.
+        """
         shared, apart = self._split(gradients)
         tasks = tuple(gradients.rows)
+        parts: list[tuple[Part, Tensor]] = []
         reports: dict[str, ConflictReport] = {}
         for name, members in columns_of(self.groups, self.parameters, shared).items():
             part = gradients.select(members)
             gramian = self.scale.unscaled(part.gramian())
             weights = self._weights(gramian, tasks)
-            self._write(part, weights)
+            parts.append((part, weights))
             reports[name] = ConflictReport(tasks, gramian, weights)
-        return self._summary(tasks, reports, self._add_up(gradients, apart))
+        heads = gradients.select(apart)
+        for part, weights in parts:
+            self._write(part, weights)
+        return self._summary(tasks, reports, self._add_up(heads, len(tasks)))
 
     def at_features(self, features: Features) -> ConflictReport:
         """Weigh by the gradients at the shared representation, and go on with their sum."""
@@ -88,9 +96,10 @@ class Combination:
 
     def _go_on(self, features: Features, gramian: Tensor, weights: Tensor) -> ConflictReport:
         tasks = tuple(features.heads.rows)
-        features.through_trunk(weights)
         reached = features.heads.reached()
-        squares = self._add_up(features.heads, [c for c, count in enumerate(reached) if count])
+        heads = features.heads.select([c for c, count in enumerate(reached) if count])
+        features.through_trunk(weights)
+        squares = self._add_up(heads, len(tasks))
         return ConflictReport(tasks, gramian, weights, squares_apart=squares)
 
     def _split(self, gradients: TaskGradients) -> tuple[list[int], list[int]]:
@@ -119,18 +128,17 @@ class Combination:
         for parameter, total in zip(parameters, sums, strict=True):
             parameter.grad = total
 
-    def _add_up(self, gradients: TaskGradients, columns: Sequence[int]) -> Tensor | None:
+    def _add_up(self, part: Part, tasks: int) -> Tensor | None:
         """Add the plain sum of some columns to ``.grad``.
 
         :returns: the squared norm of each task over them, where a scaler asks for it.
         """
-        part = gradients.select(columns)
-        ones = torch.ones(len(gradients.rows), dtype=torch.float64)
-        if columns:
-            self._write(part, ones.to(self.parameters[columns[0]].device))
+        if part.columns:
+            device = self.parameters[part.columns[0]].device
+            self._write(part, torch.ones(tasks, dtype=torch.float64, device=device))
         if self.scale.scaler is None:
             return None
-        return self.scale.unscaled(part.gramian().diagonal())
+        return self.scale.unscaled(part.gramian()).diagonal()
 
     def _summary(
         self, tasks: tuple[str, ...], reports: dict[str, ConflictReport], squares: Tensor | None
@@ -138,7 +146,7 @@ class Combination:
         if self.groups is None:
             whole = reports[""]
             return ConflictReport(tasks, whole.gramian, whole.weights, squares_apart=squares)
-        gramian = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
+        gramian = torch.zeros(len(tasks), len(tasks), dtype=torch.float64, device="cpu")
         for report in reports.values():
             gramian = report.gramian + gramian.to(report.gramian.device)
         weights = [report.weights for report in reports.values()]

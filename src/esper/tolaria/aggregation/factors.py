@@ -13,7 +13,7 @@ is zero but for the rows that the batch looked up; those suffice.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,10 +33,6 @@ class Factors(Protocol):
 
     def combine(self, weights: Tensor, into: Tensor | None) -> Tensor:
         """Return the weighted sum of the tasks' gradients, added to ``into`` if it is given."""
-        ...
-
-    def extend(self, other: Self) -> Self:
-        """Return the gradients of two micro-batches together."""
         ...
 
 
@@ -68,18 +64,16 @@ class LinearFactors:
                 outputs[:, task].copy_(gradient[:, columns])
             spread = (kernel @ outputs.flatten(1)).view_as(outputs)
             gram += torch.bmm(spread, outputs.transpose(1, 2)).sum(0)
-        return (gram + gram.T) / 2
+        gram = (gram + gram.T) / 2
+        # Where a gradient cancels to nothing, rounding may leave less than that.
+        gram.diagonal().clamp_(min=0)
+        return gram
 
     def combine(self, weights: Tensor, into: Tensor | None) -> Tensor:
         """Return the weighted sum, of the weight's shape."""
         summed = _weighted(self.outputs, weights)
         result = (summed.T @ self.inputs).view(self.shape)
         return result if into is None else into.add_(result)
-
-    def extend(self, other: "LinearFactors") -> "LinearFactors":
-        """Return the gradients of two micro-batches together."""
-        inputs = torch.cat([self.inputs, other.inputs])
-        return LinearFactors(inputs, _joined(self.outputs, other.outputs), self.shape)
 
 
 @dataclass(frozen=True)
@@ -94,11 +88,13 @@ class EmbeddingFactors:
     def gramian(self) -> Tensor:
         """Return the inner products of the tasks' gradients; n by n."""
         used, position = torch.unique(self.indices, return_inverse=True)
-        kept = (used != self.padding).double().unsqueeze(1)
+        padded = (used == self.padding).unsqueeze(1)
         rows: list[list[Tensor]] = []
         for gradient in self.outputs:
-            touched = kept.new_zeros(len(used), gradient.shape[1])
-            rows.append([touched.index_add_(0, position, gradient.double()) * kept])
+            touched = gradient.new_zeros(len(used), gradient.shape[1], dtype=torch.float64)
+            touched.index_add_(0, position, gradient.double())
+            # Not multiplied by zero: what a padded place is given may be NaN.
+            rows.append([touched.masked_fill_(padded, 0.0)])
         return kernels.select(rows, [0]).gramian()
 
     def combine(self, weights: Tensor, into: Tensor | None) -> Tensor:
@@ -106,20 +102,7 @@ class EmbeddingFactors:
         summed = _weighted(self.outputs, weights)
         result = torch.zeros_like(self.table) if into is None else into
         kept = self.indices != self.padding
-        return result.index_add_(0, self.indices, summed * kept.unsqueeze(1))
-
-    def extend(self, other: "EmbeddingFactors") -> "EmbeddingFactors":
-        """Return the gradients of two micro-batches together."""
-        return EmbeddingFactors(
-            self.table,
-            self.padding,
-            torch.cat([self.indices, other.indices]),
-            _joined(self.outputs, other.outputs),
-        )
-
-
-def _joined(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.cat(pair) for pair in zip(first, second, strict=True)]
+        return result.index_add_(0, self.indices, summed.masked_fill(~kept.unsqueeze(1), 0.0))
 
 
 def _weighted(outputs: Sequence[Tensor], weights: Tensor) -> Tensor:

@@ -93,21 +93,13 @@ class TaskGradients:
     def extend(self, other: "TaskGradients") -> None:
         """Add the gradients of another micro-batch; a task may be missing from either.
 
-        :raises RuntimeError: a gradient is in factors for one micro-batch and formed for the other.
+        :param other: all formed, as these are.
         """
-        factored = self.factored or other.factored
-        if factored and (
-            self.factored.keys() != other.factored.keys() or list(self.rows) != list(other.rows)
-        ):
-            raise RuntimeError(
-                "the micro-batches differ in their tasks or in the shape of their batches; "
-                "accumulate them with mode='sequential'"
-            )
         width = len(next(iter(other.rows.values())))
         for task, row in other.rows.items():
             self.rows[task] = _sum(self.rows.get(task, [None] * width), row)
-        for column, factors in other.factored.items():
-            self.factored[column] = self.factored[column].extend(factors)
+        # What was alike within each micro-batch need not be across them.
+        self.rows = dict(zip(self.rows, kernels.dense(list(self.rows.values())), strict=True))
 
 
 def formed(losses: Mapping[str, Tensor], rows: Sequence[Row]) -> TaskGradients:

@@ -20,6 +20,8 @@ class SharedGraph:
     """The parts of the graphs of several losses.
 
     :ivar frontier: edges through which gradients enter the shared part.
+    :ivar entries: the tasks' own nodes that lead into it, with the position among their inputs and
+        the place of the edge in ``frontier``; a loss that is itself shared has no such node.
     :ivar own: for each task, indices of the parameters that it alone reaches.
     :ivar shared: indices of the parameters that several tasks reach.
     :ivar consumers: for each shared node, the shared nodes that it feeds, with the position among
@@ -28,6 +30,7 @@ class SharedGraph:
     """
 
     frontier: tuple[GradientEdge, ...]
+    entries: tuple[tuple[Node, int, int], ...]
     own: tuple[tuple[int, ...], ...]
     shared: tuple[int, ...]
     consumers: Consumers
@@ -92,8 +95,10 @@ def shared_graph(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Shar
         walk.share(roots[0].node)
     consumers = walk.spread()
     leaves = _leaves(parameters, walk.owner)
+    frontier, entries = _frontier(walk.owner, roots)
     return SharedGraph(
-        tuple(_frontier(walk.owner, roots)),
+        frontier,
+        entries,
         tuple(
             tuple(index for index, leaf in leaves.items() if walk.owner[leaf] == task)
             for task in range(len(losses))
@@ -109,21 +114,24 @@ def _leaves(parameters: Sequence[Tensor], reached: dict[Node, int]) -> dict[int,
     return {index: node for index, node in nodes if node in reached}
 
 
-def _frontier(owner: dict[Node, int], roots: Sequence[GradientEdge]) -> Iterator[GradientEdge]:
-    seen: set[tuple[Node, int]] = set()
-    for edge in _entries(owner, roots):
-        if (edge.node, edge.output_nr) not in seen:
-            seen.add((edge.node, edge.output_nr))
-            yield edge
-
-
-def _entries(owner: dict[Node, int], roots: Sequence[GradientEdge]) -> Iterator[GradientEdge]:
+def _frontier(
+    owner: dict[Node, int], roots: Sequence[GradientEdge]
+) -> tuple[tuple[GradientEdge, ...], tuple[tuple[Node, int, int], ...]]:
+    places: dict[tuple[Node, int], int] = {}
     for root in roots:
         if owner[root.node] == SHARED:
-            yield root
+            places.setdefault((root.node, root.output_nr), len(places))
+    entries: list[tuple[Node, int, int]] = []
+    for node, position, edge in _leading_in(owner):
+        entries.append((node, position, places.setdefault(edge, len(places))))
+    return tuple(GradientEdge(*edge) for edge in places), tuple(entries)
+
+
+def _leading_in(owner: dict[Node, int]) -> Iterator[tuple[Node, int, tuple[Node, int]]]:
+    """Yield each step from a task's own node to a shared one, with its place among the inputs."""
     for node, task in owner.items():
         if task == SHARED:
             continue
-        for child, number in node.next_functions:
+        for position, (child, number) in enumerate(node.next_functions):
             if child is not None and owner[child] == SHARED:
-                yield GradientEdge(child, number)
+                yield node, position, (child, number)

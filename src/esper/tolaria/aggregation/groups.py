@@ -1,10 +1,10 @@
 """Parts of a model whose conflicts are resolved apart from each other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-Groups = Mapping[str, Sequence[Tensor]]
+Groups = Mapping[str, Iterable[Tensor]]
 
 
 def by_layer(model: nn.Module) -> dict[str, list[Tensor]]:

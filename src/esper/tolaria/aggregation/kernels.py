@@ -14,6 +14,7 @@ from torch import Tensor
 from esper.tolaria.aggregation import bucket, native
 
 Row = Sequence[Tensor | None]
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,11 @@ class Stack:
         if self.table is None:
             bucket.combine(self.rows, weights, targets, add)
         else:
-            self.table.combine(weights.numpy().astype(np.float64, copy=False), targets, add)
+            # torch does not see these writes, but whoever saved the tensor has to hear of them.
+            torch.autograd.graph.increment_version(
+                [target for target, adds in zip(targets, add, strict=True) if adds]
+            )
+            self.table.combine(np.ascontiguousarray(weights.numpy(), np.float64), targets, add)
         return [_settle(total, target) for total, target in zip(targets, into, strict=True)]
 
 
@@ -91,7 +96,7 @@ class Selection:
         :returns: n by n, float64, on the device of the gradients.
         """
         if not self.stacks:
-            return torch.zeros(self.tasks, self.tasks, dtype=torch.float64)
+            return torch.zeros(self.tasks, self.tasks, dtype=torch.float64, device="cpu")
         result = self.stacks[0].gramian()
         for stack in self.stacks[1:]:
             result = result + stack.gramian()
@@ -122,7 +127,7 @@ def select(rows: Sequence[Row], columns: Sequence[int]) -> Selection:
     """
     chosen = [[row[column] for column in columns] for row in rows]
     samples = _samples(chosen, columns)
-    _check_devices(samples, columns)
+    _check_kinds(samples, columns)
     dtypes = {sample.dtype for sample in samples}
     if len(dtypes) == 1:
         stacks = [Stack.of(chosen, range(len(columns)), samples)]
@@ -137,9 +142,14 @@ def _stack_of(dtype: torch.dtype, rows: Sequence[Row], samples: Sequence[Tensor]
     return Stack.of(part, places, [samples[place] for place in places])
 
 
-def _check_devices(samples: Sequence[Tensor], columns: Sequence[int]) -> None:
+def _check_kinds(samples: Sequence[Tensor], columns: Sequence[int]) -> None:
     device = samples[0].device
     for sample, column in zip(samples, columns, strict=True):
+        if type(sample) not in _PLAIN:
+            raise RuntimeError(
+                f"the gradient of parameter {column} is a {type(sample).__qualname__}; only plain "
+                "tensors can be aggregated, not sharded or otherwise wrapped ones"
+            )
         if sample.device != device:
             raise RuntimeError(
                 f"the gradient of parameter {column} is {describe(sample)}, that of parameter "

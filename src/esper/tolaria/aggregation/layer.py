@@ -81,7 +81,7 @@ class EmbeddingLayer:
 
     def factors(self, outputs: Sequence[Tensor | None]) -> EmbeddingFactors:
         """Return the table's gradients."""
-        flat = [gradient.flatten(0, -2) for gradient in _filled(outputs)]
+        flat = [gradient.reshape(-1, self.table.shape[1]) for gradient in _filled(outputs)]
         return EmbeddingFactors(self.table, self.padding, self.indices.flatten(), flat)
 
 
@@ -101,7 +101,7 @@ def wide_layers(graph: SharedGraph, parameters: Sequence[Tensor]) -> dict[int, L
 
 def _layer(graph: SharedGraph, leaf: Node, weight: Tensor) -> Layer | None:
     consumer = _only_consumer(graph, leaf)
-    if consumer is None:
+    if consumer is None or getattr(weight, "_backward_hooks", None):
         return None
     node, position = consumer
     if node.name() == "TBackward0":
@@ -137,13 +137,15 @@ def _convolution(graph: SharedGraph, node: Node, weight: Tensor) -> ConvolutionL
     if images is None or not plain or images.dim() != 4 or images.dtype != weight.dtype:
         return None
     kernel = tuple(weight.shape[2:])
-    dilation, padding, stride = (_saved(node, key) for key in ("dilation", "padding", "stride"))
+    dilation, padding, stride = (
+        _each_way(_saved(node, key), len(kernel)) for key in ("dilation", "padding", "stride")
+    )
     places = 1
     for size, k, d, p, s in zip(images.shape[2:], kernel, dilation, padding, stride, strict=True):
         places *= (size + 2 * p - d * (k - 1) - 1) // s + 1
     if not _worthwhile(len(images) * places, weight, len(graph.own)):
         return None
-    arguments = (kernel, tuple(dilation), tuple(padding), tuple(stride))
+    arguments = (kernel, dilation, padding, stride)
     return ConvolutionLayer(GradientEdge(node, 0), images.detach(), weight.shape, arguments)
 
 
@@ -156,6 +158,11 @@ def _embedding(node: Node, table: Tensor) -> EmbeddingLayer | None:
     # Autograd keeps "no padding" as an unsigned -1.
     padding = padding if 0 <= padding < len(table) else -1
     return EmbeddingLayer(GradientEdge(node, 0), indices, table.detach(), padding)
+
+
+def _each_way(values: Sequence[int], ways: int) -> tuple[int, ...]:
+    """Return one value for each way; autograd may have recorded one for all."""
+    return tuple(values) if len(values) == ways else tuple(values) * ways
 
 
 def _saved(node: Node, name: str) -> Any:  # noqa: ANN401 - whatever autograd recorded
@@ -172,6 +179,8 @@ def _only_consumer(graph: SharedGraph, node: Node) -> tuple[Node, int] | None:
 
 def _worthwhile(rows: int, weight: Tensor, tasks: int) -> bool:
     """Whether the factors cost fewer multiplications than the gradients they stand for."""
+    if rows == 0 or weight.numel() == 0:
+        return False
     outs, ins = len(weight), weight[0].numel()
     factored = _PRICE * rows * rows * (ins + tasks * outs) + rows * ins * outs
     formed = tasks * rows * ins * outs + tasks * tasks * ins * outs

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from esper.tolaria.aggregation.base import Aggregator
+
 
 class Sum:
     """Adds the task gradients: the same update as one backward pass of the summed loss."""
@@ -47,14 +49,22 @@ class Weighted:
         _check_number(self._weights, len(gramian))
         return torch.tensor(self._weights, dtype=gramian.dtype, device=gramian.device)
 
-    def for_tasks(self, tasks: Sequence[str]) -> "Weighted":
+    def for_tasks(self, tasks: Sequence[str]) -> Aggregator:
         """Return the weighting of the tasks that are present.
+
+        Where all of them have weight zero, so has the update.
 
         :raises RuntimeError: a task has no weight.
         """
         if self._named is None or tuple(self._named) == tuple(tasks):
             return self
-        return Weighted(select_by_name(self._named, tasks, "weight"))
+        weights = select_by_name(self._named, tasks, "weight")
+        return Weighted(weights) if any(weights) else _Nothing()
+
+
+class _Nothing:
+    def weights(self, gramian: Tensor) -> Tensor:
+        return torch.zeros_like(gramian.diagonal())
 
 
 def select_by_name(values: Mapping[str, float], tasks: Sequence[str], kind: str) -> list[float]:

@@ -1,12 +1,12 @@
 """Which mode is fastest depends on the model, the batch and the machine: measure it."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from esper.tolaria.aggregation.backward import backward
+from esper.tolaria.aggregation.backward import backward, trainable
 from esper.tolaria.aggregation.base import Aggregator
 from esper.tolaria.aggregation.pull import MODES, Mode
 from esper.tolaria.aggregation.refreshed import Refreshed
@@ -14,14 +14,15 @@ from esper.tolaria.aggregation.refreshed import Refreshed
 
 def measure_modes(
     losses: Callable[[], Mapping[str, Tensor]],
-    parameters: Sequence[Tensor],
+    parameters: Iterable[Tensor],
     aggregator: Aggregator,
     *,
     repeats: int = 5,
 ) -> dict[Mode, float]:
     """Time a forward pass and :func:`backward` in every mode; ``.grad`` is left as it was.
 
-    The random generators move on. A mode that the model does not allow is left out.
+    Random generators and statistics such as those of batch norm move on. A mode that the model does
+    not allow is left out.
 
     :param losses: runs the forward pass on a batch as in training, and returns its losses.
     :param repeats: timings for each mode, taken in turns; the shortest counts.
@@ -36,6 +37,7 @@ def measure_modes(
             "a refreshed aggregator goes through the trunk once whatever the mode; measure with "
             "the aggregator that it asks"
         )
+    parameters = trainable(parameters)
     held = [parameter.grad for parameter in parameters]
     best: dict[Mode, float] = dict.fromkeys(MODES, float("inf"))
     try:
@@ -45,8 +47,8 @@ def measure_modes(
                     parameter.grad = None
                 try:
                     best[mode] = min(best[mode], _time(losses, parameters, aggregator, mode))
-                except RuntimeError:
-                    if mode == "sequential":
+                except RuntimeError as error:
+                    if mode == "sequential" or isinstance(error, torch.OutOfMemoryError):
                         raise
                     del best[mode]
     finally:

@@ -312,5 +312,7 @@ void esper_pcgrad(int64_t tasks, const double *gramian, const int64_t *orders, d
   }
 }
 
+/* Raise it with every change of the arguments above; native.py compares. */
+int esper_version(void) { return 1; }
 int64_t esper_chunk(void) { return CHUNK; }
 int64_t esper_max_tasks(void) { return MAX_TASKS; }

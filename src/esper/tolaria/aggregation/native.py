@@ -22,6 +22,8 @@ _NUMBER, _ADDRESS, _INT, _DOUBLE = (
 )
 _TABLE = [_NUMBER, _NUMBER, _ADDRESS, _ADDRESS, _INT, _INT]
 _BLOCK = 4
+# Of the functions' arguments; native.c says the same.
+_VERSION = 1
 # Products of float32 numbers below 1e-38 vanish. They can't matter to a sum of squares that is this
 # many times larger; above it, nothing has overflowed as long as the sum is finite.
 _SAFE_MEAN_SQUARE = 1e-30
@@ -114,7 +116,9 @@ def pcgrad_weights(
     """Return PCGrad's weights; see :class:`~esper.tolaria.aggregation.PCGrad`."""
     tasks = len(gramian)
     products, weights = np.empty(tasks), np.zeros(tasks)
-    gramian, orders = np.ascontiguousarray(gramian), np.ascontiguousarray(orders)
+    gramian = np.ascontiguousarray(gramian, np.float64)
+    orders = np.ascontiguousarray(orders, np.int64)
+    preferences = np.ascontiguousarray(preferences, np.float64)
     _library().pcgrad(
         tasks,
         gramian.ctypes.data,
@@ -145,6 +149,8 @@ class _Kernels:
     def __init__(self, name: str) -> None:
         # The OpenMP symbols that the first needs are found in torch, which is loaded already.
         library = ctypes.CDLL(str(Path(__file__).with_name(name)))
+        if library.esper_version() != _VERSION:
+            raise OSError(f"{name} belongs to another version; install Esper anew")
         self.name = name
         self.gramian = _typed(
             library.esper_gramian, [*_TABLE, _ADDRESS, _ADDRESS, _DOUBLE, _ADDRESS], _INT

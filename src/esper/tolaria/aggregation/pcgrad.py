@@ -30,7 +30,8 @@ class PCGrad:
         are taken as they are, not normalised. Given by name, they also serve batches that some
         tasks are absent from. Scaling the losses instead changes nothing of what
         they are projected against, so that both come to the same.
-    :raises RuntimeError: the reduction is unknown, or a preference negative or not finite.
+    :raises RuntimeError: the reduction is unknown, epsilon out of range, a preference negative or
+        not finite, or all of them zero.
     """
 
     def __init__(
@@ -43,6 +44,10 @@ class PCGrad:
     ) -> None:
         if reduction not in ("sum", "mean"):
             raise RuntimeError(f"reduction is {reduction!r}; give 'sum' or 'mean'")
+        if not 0 <= epsilon < 1:
+            raise RuntimeError(
+                f"epsilon is {epsilon}; give a share of the norm, 0 or more, below 1"
+            )
         self._generator = generator or torch.Generator().manual_seed(0)
         self._reduction = reduction
         self._epsilon = epsilon
@@ -71,6 +76,7 @@ class PCGrad:
             weights = torch.from_numpy(array)
         else:
             weights = project_all(gramian, orders.to(gramian.device), self._epsilon, preferences)
+        weights = weights.to(gramian)
         return weights / tasks if self._reduction == "mean" else weights
 
     def for_tasks(self, tasks: Sequence[str]) -> "PCGrad":
@@ -107,7 +113,7 @@ class PCGrad:
     def _orders(self, tasks: int) -> Tensor:
         """Return the partners of each task in random order; its own place in it means nothing."""
         if tasks == 2:
-            return torch.tensor([[0, 1], [0, 1]])
+            return torch.tensor([[0, 1], [0, 1]], device=self._generator.device)
         keys = torch.rand(tasks, tasks, generator=self._generator, device=self._generator.device)
         return keys.argsort(dim=1)
 

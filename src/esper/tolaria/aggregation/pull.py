@@ -12,7 +12,7 @@ from typing import cast, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from esper.core.config import AggregationMode
 from esper.tolaria.aggregation.gradients import Part, TaskGradients, formed
@@ -101,7 +101,12 @@ def one_by_one(
     targets = _Targets(parameters, layers, others)
     inputs = targets.inputs()
     last = len(losses) - 1
-    rows = [_pull([loss], inputs, keep=task < last) for task, loss in enumerate(losses.values())]
+    rows: list[_Grads] = []
+    with _run_on([layer.output.node for layer in layers.values()]) as seen:
+        for task, loss in enumerate(losses.values()):
+            seen.clear()
+            row = _pull([loss], inputs, keep=task < last)
+            rows.append([seen.get(place, gradient) for place, gradient in enumerate(row)])
     return targets.gather(losses, rows, [[None] * len(parameters)] * len(rows))
 
 
@@ -143,27 +148,88 @@ def _through_heads(
 ) -> tuple[list[list[Tensor | None]], list[list[Tensor | None]]]:
     """Return for each task the gradients of its own parameters, and those at the frontier.
 
-    At the frontier that is what arrives from the head alone. An edge may lie below another, and
-    what flows to it from there belongs to the trunk: hooks hold that back.
+    At the frontier that is what the head's own nodes pass on: before hooks of the tensor there,
+    which run when the trunk is pulled, and without what flows in from another part of the trunk.
     """
     edges = len(graph.frontier)
     heads: list[list[Tensor | None]] = []
     arriving: list[list[Tensor | None]] = []
-    with _held_back({edge.node for edge in graph.frontier}):
+    with _held_back({edge.node for edge in graph.frontier}), _entering(graph) as entered:
         for loss, own in zip(losses.values(), graph.own, strict=True):
-            targets: list[Tensor | GradientEdge] = [
-                *graph.frontier,
-                *(parameters[index] for index in own),
-            ]
-            row = _pull([loss], targets, keep=True)
-            arriving.append(row[:edges])
+            entered.clear()
+            own_parameters = [parameters[index] for index in own]
+            row = _pull_head(loss, [*graph.frontier, *own_parameters])
             heads.append(_spread(row[edges:], own, [None] * len(parameters)))
+            arriving.append([entered.get(edge) for edge in range(edges)])
+    for loss, row in zip(losses.values(), arriving, strict=True):
+        root = get_gradient_edge(loss)
+        for place, edge in enumerate(graph.frontier):
+            if (edge.node, edge.output_nr) == (root.node, root.output_nr):
+                row[place] = torch.ones_like(loss)
     return heads, arriving
+
+
+def _pull_head(loss: Tensor, targets: Sequence[Tensor | GradientEdge]) -> list[Tensor | None]:
+    try:
+        return _pull([loss], targets, keep=True)
+    except (AttributeError, TypeError) as error:
+        # Parts of the trunk that lie above an entry into it are given no gradient here.
+        raise RuntimeError(
+            f"a hook or a function of the model did not take a missing gradient ({error}); use "
+            "mode='sequential' or mode='factored', which give it one"
+        ) from error
+
+
+@contextmanager
+def _entering(graph: SharedGraph) -> Iterator[dict[int, Tensor]]:
+    """Yield a dict that fills with what the tasks' own nodes pass over each frontier edge."""
+    entered: dict[int, Tensor] = {}
+
+    def note(inputs: _Grads, position: int, edge: int) -> None:
+        gradient = inputs[position]
+        if gradient is not None:
+            known = entered.get(edge)
+            entered[edge] = gradient if known is None else known + gradient
+
+    with ExitStack() as stack:
+        for node, position, edge in graph.entries:
+            hook = partial(_call, note, position, edge)
+            stack.callback(node.register_hook(hook).remove)
+        yield entered
+
+
+def _call(
+    note: Callable[[_Grads, int, int], None],
+    position: int,
+    edge: int,
+    inputs: _Grads,
+    outputs: _Grads,
+) -> None:
+    del outputs
+    note(inputs, position, edge)
+
+
+@contextmanager
+def _run_on(nodes: Sequence[Node]) -> Iterator[dict[int, Tensor]]:
+    """Yield a dict that fills with the gradient that each node is run on.
+
+    What autograd returns for the output of a node that is run lacks the hooks of that tensor.
+    """
+    seen: dict[int, Tensor] = {}
+
+    def note(place: int, gradients: _Grads) -> None:
+        if gradients[0] is not None:
+            seen[place] = gradients[0]
+
+    with ExitStack() as stack:
+        for place, node in enumerate(nodes):
+            stack.callback(node.register_prehook(partial(note, place)).remove)
+        yield seen
 
 
 @contextmanager
 def _held_back(nodes: Iterable[Node]) -> Iterator[None]:
-    """Let no gradient through some nodes; what was asked for at their outputs still gets it."""
+    """Let no gradient through some nodes."""
     with ExitStack() as stack:
         for node in nodes:
             hook = node.register_prehook(lambda gradients: (None,) * len(gradients))
@@ -183,6 +249,8 @@ def _pull(
     *,
     keep: bool,
 ) -> list[Tensor | None]:
+    if not inputs:
+        return []
     try:
         row = torch.autograd.grad(
             outputs,  # type: ignore[arg-type]

@@ -21,8 +21,8 @@ class Refreshed:
     The weights themselves are not kept: they are ratios of lengths, and one that suits a batch
     with a short gradient can be a hundred times too large for the next.
 
-    A change in which tasks are present has all compared anew, and so has a gradient that was not
-    finite.
+    A change in which tasks are present has all compared anew, and so has a gradient that was zero
+    or not finite.
 
     :param aggregator: is asked at every call.
     :param every: k, calls between two comparisons.
@@ -67,9 +67,10 @@ class Refreshed:
         self._cosine = torch.where(scale > 0, gramian / scale, 0.0)
         self._ratio = torch.where(lengths > 0, norms / lengths, 0.0)
         self._age = 0
-        # Not finite in one place is not finite in the sum.
-        finite = bool((gramian.sum() + lengths.sum()).isfinite())
-        self._tasks = tuple(tasks) if finite else ()
+        # Of a task that had no gradient nothing can be expected; and what is not finite in one
+        # place is not finite in the sum.
+        usable = (self._cosine.sum() + self._ratio.sum()).isfinite() & (self._ratio > 0).all()
+        self._tasks = tuple(tasks) if usable else ()
 
     def weights(self, gramian: Tensor) -> Tensor:
         """Return the aggregator's weights."""
