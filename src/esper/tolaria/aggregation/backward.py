@@ -196,22 +196,25 @@ def present_losses(
         )
     present = {task: loss for task, loss in losses.items() if loss is not None}
     for task, loss in present.items():
-        if not _is_tensor(loss):
-            raise RuntimeError(
-                f"the loss of task {task!r} is a {type(loss).__qualname__}; give a scalar tensor"
-            )
-        if loss.numel() != 1:
-            raise RuntimeError(
-                f"the loss of task {task!r} has shape {tuple(loss.shape)}; reduce it to a scalar"
-            )
-        if not loss.requires_grad:
-            raise RuntimeError(
-                f"the loss of task {task!r} carries no gradient; compute it from the model's "
-                "output without detach(), or give None for a task that is absent"
-            )
+        problem = _problem(loss)
+        if problem is not None:
+            raise RuntimeError(f"the loss of task {task!r} {problem}")
     if not present:
         raise RuntimeError(NOTHING)
     return present, tuple(task for task, loss in losses.items() if loss is None)
+
+
+def _problem(loss: Tensor) -> str | None:
+    if not _is_tensor(loss):
+        return f"is a {type(loss).__qualname__}; give a scalar tensor"
+    if loss.numel() != 1:
+        return f"has shape {tuple(loss.shape)}; reduce it to a scalar"
+    if not loss.requires_grad:
+        return (
+            "carries no gradient; compute it from the model's output without detach(), or give "
+            "None for a task that is absent"
+        )
+    return None
 
 
 def _check(

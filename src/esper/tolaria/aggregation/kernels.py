@@ -67,15 +67,17 @@ class Stack:
             target if adds and target is not None else torch.empty_like(sample)
             for target, sample, adds in zip(into, self.samples, add, strict=True)
         ]
+        self._write(weights, targets, add)
+        return [_settle(total, target) for total, target in zip(targets, into, strict=True)]
+
+    def _write(self, weights: Tensor, targets: Sequence[Tensor], add: Sequence[bool]) -> None:
         if self.table is None:
             bucket.combine(self.rows, weights, targets, add)
-        else:
-            # torch does not see these writes, but whoever saved the tensor has to hear of them.
-            torch.autograd.graph.increment_version(
-                [target for target, adds in zip(targets, add, strict=True) if adds]
-            )
-            self.table.combine(np.ascontiguousarray(weights.numpy(), np.float64), targets, add)
-        return [_settle(total, target) for total, target in zip(targets, into, strict=True)]
+            return
+        # torch does not see these writes, but whoever saved a tensor has to hear of them.
+        changed = [target for target, adds in zip(targets, add, strict=True) if adds]
+        torch.autograd.graph.increment_version(changed)
+        self.table.combine(np.ascontiguousarray(weights.numpy(), np.float64), targets, add)
 
 
 @dataclass(frozen=True)

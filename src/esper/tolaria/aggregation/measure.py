@@ -43,14 +43,14 @@ def measure_modes(
     try:
         for _ in range(repeats):
             for mode in list(best):
-                for parameter in parameters:
-                    parameter.grad = None
                 try:
-                    best[mode] = min(best[mode], _time(losses, parameters, aggregator, mode))
+                    seconds = _time(losses, parameters, aggregator, mode)
                 except RuntimeError as error:
                     if mode == "sequential" or isinstance(error, torch.OutOfMemoryError):
                         raise
                     del best[mode]
+                else:
+                    best[mode] = min(best[mode], seconds)
     finally:
         for parameter, gradient in zip(parameters, held, strict=True):
             parameter.grad = gradient
@@ -63,6 +63,8 @@ def _time(
     aggregator: Aggregator,
     mode: Mode,
 ) -> float:
+    for parameter in parameters:
+        parameter.grad = None
     began = time.perf_counter()
     report = backward(losses(), parameters, aggregator, mode=mode)
     if report.weights.is_cuda:
