@@ -30,13 +30,7 @@ def measure_modes(
         what mode ``sequential`` raises.
     :returns: seconds by mode, the fastest first. ``features`` is approximate; all others are exact.
     """
-    if repeats < 1:
-        raise RuntimeError(f"repeats is {repeats}; give 1 or more")
-    if isinstance(aggregator, Refreshed):
-        raise RuntimeError(
-            "a refreshed aggregator goes through the trunk once whatever the mode; measure with "
-            "the aggregator that it asks"
-        )
+    _check(aggregator, repeats)
     parameters = trainable(parameters)
     held = [parameter.grad for parameter in parameters]
     best: dict[Mode, float] = dict.fromkeys(MODES, float("inf"))
@@ -70,3 +64,13 @@ def _time(
     if report.weights.is_cuda:
         torch.cuda.synchronize(report.weights.device)
     return time.perf_counter() - began
+
+
+def _check(aggregator: Aggregator, repeats: int) -> None:
+    if repeats < 1:
+        raise RuntimeError(f"repeats is {repeats}; give 1 or more")
+    if isinstance(aggregator, Refreshed):
+        raise RuntimeError(
+            "a refreshed aggregator goes through the trunk once whatever the mode; measure with "
+            "the aggregator that it asks"
+        )
