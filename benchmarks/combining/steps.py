@@ -133,7 +133,7 @@ ESPER: dict[str, Make] = {
     **{f"Esper, {mode}": esper(mode) for mode in MODES},
     REFRESHED: esper("sequential", every=10),
 }
-EXACT = ("Esper, sequential", "Esper, batched", "Esper, factored")
+EXACT = tuple(f"Esper, {mode}" for mode in MODES if mode != "features")
 PEERS: dict[str, Make] = {
     "torchjd, mtl_backward": mtl(None, gramian=False),
     "torchjd, mtl_backward, Gramian": mtl(None, gramian=True),
