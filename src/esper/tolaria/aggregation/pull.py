@@ -4,19 +4,19 @@ The dear part is the trunk, which every way but one has to go through once for e
 differ in what they leave out.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import cast, get_args
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from esper.core.config import AggregationMode
 from esper.tolaria.aggregation.gradients import Part, TaskGradients, formed
 from esper.tolaria.aggregation.graph import SharedGraph, shared_graph
+from esper.tolaria.aggregation.hooks import entering, held_back, run_on
 from esper.tolaria.aggregation.layer import Layer, wide_layers
 
 Mode = AggregationMode
@@ -102,7 +102,7 @@ def one_by_one(
     inputs = targets.inputs()
     last = len(losses) - 1
     rows: list[_Grads] = []
-    with _run_on([layer.output.node for layer in layers.values()]) as seen:
+    with run_on([layer.output.node for layer in layers.values()]) as seen:
         for task, loss in enumerate(losses.values()):
             seen.clear()
             row = _pull([loss], inputs, keep=task < last)
@@ -154,7 +154,7 @@ def _through_heads(
     edges = len(graph.frontier)
     heads: list[list[Tensor | None]] = []
     arriving: list[list[Tensor | None]] = []
-    with _held_back({edge.node for edge in graph.frontier}), _entering(graph) as entered:
+    with held_back(graph.frontier), entering(graph.entries) as entered:
         for loss, own in zip(losses.values(), graph.own, strict=True):
             entered.clear()
             own_parameters = [parameters[index] for index in own]
@@ -178,63 +178,6 @@ def _pull_head(loss: Tensor, targets: Sequence[Tensor | GradientEdge]) -> list[T
             f"a hook or a function of the model did not take a missing gradient ({error}); use "
             "mode='sequential' or mode='factored', which give it one"
         ) from error
-
-
-@contextmanager
-def _entering(graph: SharedGraph) -> Iterator[dict[int, Tensor]]:
-    """Yield a dict that fills with what the tasks' own nodes pass over each frontier edge."""
-    entered: dict[int, Tensor] = {}
-
-    def note(inputs: _Grads, position: int, edge: int) -> None:
-        gradient = inputs[position]
-        if gradient is not None:
-            known = entered.get(edge)
-            entered[edge] = gradient if known is None else known + gradient
-
-    with ExitStack() as stack:
-        for node, position, edge in graph.entries:
-            hook = partial(_call, note, position, edge)
-            stack.callback(node.register_hook(hook).remove)
-        yield entered
-
-
-def _call(
-    note: Callable[[_Grads, int, int], None],
-    position: int,
-    edge: int,
-    inputs: _Grads,
-    outputs: _Grads,
-) -> None:
-    del outputs
-    note(inputs, position, edge)
-
-
-@contextmanager
-def _run_on(nodes: Sequence[Node]) -> Iterator[dict[int, Tensor]]:
-    """Yield a dict that fills with the gradient that each node is run on.
-
-    What autograd returns for the output of a node that is run lacks the hooks of that tensor.
-    """
-    seen: dict[int, Tensor] = {}
-
-    def note(place: int, gradients: _Grads) -> None:
-        if gradients[0] is not None:
-            seen[place] = gradients[0]
-
-    with ExitStack() as stack:
-        for place, node in enumerate(nodes):
-            stack.callback(node.register_prehook(partial(note, place)).remove)
-        yield seen
-
-
-@contextmanager
-def _held_back(nodes: Iterable[Node]) -> Iterator[None]:
-    """Let no gradient through some nodes."""
-    with ExitStack() as stack:
-        for node in nodes:
-            hook = node.register_prehook(lambda gradients: (None,) * len(gradients))
-            stack.callback(hook.remove)
-        yield
 
 
 def _reached(rows: Sequence[_Grads]) -> list[int]:
