@@ -291,6 +291,13 @@ def test_bad_weights_are_refused(weights: list[float], message: str) -> None:
             combine_flat_grads(grads, weights=weights, use_pcgrad=use_pcgrad)
 
 
+def test_preferences_have_all_digits_of_float64() -> None:
+    flats = [torch.ones(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)]
+    for use_pcgrad in (False, True):
+        combined, _ = combine_flat_grads(flats, use_pcgrad=use_pcgrad, weights=[1, 2])
+        assert combined.tolist() == pytest.approx([1 / 3] * 2, rel=1e-15)
+
+
 @pytest.mark.parametrize("weights", [torch.tensor(1.0), torch.ones(1, 1)])
 def test_weights_of_another_rank_are_refused(weights: Tensor) -> None:
     with pytest.raises(RuntimeError, match="give one for each gradient"):

@@ -10,6 +10,12 @@ def test_sum_and_mean() -> None:
     assert Mean().weights(gramian).tolist() == [0.25] * 4
 
 
+@pytest.mark.parametrize("aggregator", [Mean(), Weighted([5, 5, 5])])
+def test_weights_have_all_digits_of_float64(aggregator: Mean | Weighted) -> None:
+    weights = aggregator.weights(torch.eye(3).double())
+    assert weights.tolist() == pytest.approx([1 / 3] * 3, rel=1e-15)
+
+
 def test_weights_are_normalised_by_their_sum() -> None:
     assert Weighted([1, 3]).weights(torch.eye(2).double()).tolist() == [0.25, 0.75]
 

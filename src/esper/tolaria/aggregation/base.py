@@ -32,6 +32,13 @@ class ByName(Protocol):
         ...
 
 
+def like(values: Sequence[float], gramian: Tensor) -> Tensor:
+    """Return values where a Gramian lies, in its dtype, without waiting for its device."""
+    return torch.tensor(values, dtype=gramian.dtype, device="cpu").to(
+        gramian.device, non_blocking=True
+    )
+
+
 def finite_weights(aggregator: Aggregator, gramian: Tensor, tasks: Sequence[str]) -> Tensor:
     """Return the aggregator's weights; NaN for all where a gradient is not finite.
 

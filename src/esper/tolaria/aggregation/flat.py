@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from esper.tolaria.aggregation import kernels
+from esper.tolaria.aggregation.base import like
 from esper.tolaria.aggregation.linear import check_weights
 from esper.tolaria.aggregation.pcgrad import PCGrad
 from esper.tolaria.aggregation.report import ConflictReport
@@ -63,7 +64,7 @@ def aggregate_weighted(grads: Sequence[Tensor], weights: Sequence[float] | Tenso
     if isinstance(weights, Tensor) and weights.dim() != 1:
         raise RuntimeError(f"weights have shape {tuple(weights.shape)}; give one for each gradient")
     values = weights.tolist() if isinstance(weights, Tensor) else list(weights)
-    normalised = torch.tensor(check_weights(values, len(grads)), dtype=torch.float64)
+    normalised = torch.tensor(check_weights(values, len(grads)), dtype=torch.float64, device="cpu")
     return _stack(grads).combine(normalised.to(grads[0].device))[0]
 
 
@@ -92,8 +93,7 @@ def combine_flat_grads(
     if use_pcgrad:
         result = PCGrad(generator, preferences=shares).weights(gram)
     else:
-        ones = torch.ones(len(flats), dtype=torch.float64)
-        result = (ones if shares is None else torch.tensor(shares).double()).to(gram.device)
+        result = like([1.0] * len(flats) if shares is None else shares, gram)
     report = ConflictReport(tuple(str(index) for index in range(len(flats))), gram, result)
     return stack.combine(result)[0], report.conflicts
 

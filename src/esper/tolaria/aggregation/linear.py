@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from esper.tolaria.aggregation.base import Aggregator
+from esper.tolaria.aggregation.base import Aggregator, like
 
 
 class Sum:
@@ -22,7 +22,7 @@ class Mean:
 
     def weights(self, gramian: Tensor) -> Tensor:
         """Return n times ``1 / n``."""
-        return torch.full((len(gramian),), 1 / len(gramian)).to(gramian)
+        return torch.full_like(gramian.diagonal(), 1 / len(gramian))
 
 
 class Weighted:
@@ -47,7 +47,7 @@ class Weighted:
         :raises RuntimeError: there are not as many weights as tasks.
         """
         _check_number(self._weights, len(gramian))
-        return torch.tensor(self._weights, dtype=gramian.dtype, device=gramian.device)
+        return like(self._weights, gramian)
 
     def for_tasks(self, tasks: Sequence[str]) -> Aggregator:
         """Return the weighting of the tasks that are present.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from esper.tolaria.aggregation import native
+from esper.tolaria.aggregation.base import like
 from esper.tolaria.aggregation.linear import check_weights, select_by_name
 
 
@@ -75,7 +76,9 @@ class PCGrad:
             )
             weights = torch.from_numpy(array)
         else:
-            weights = project_all(gramian, orders.to(gramian.device), self._epsilon, preferences)
+            # The orders are copied without waiting for the device.
+            orders = orders.to(gramian.device, non_blocking=True)
+            weights = project_all(gramian, orders, self._epsilon, preferences)
         weights = weights.to(gramian)
         return weights / tasks if self._reduction == "mean" else weights
 
@@ -108,7 +111,7 @@ class PCGrad:
             raise RuntimeError(
                 f"{len(self._preferences)} preferences were given for {len(gramian)} tasks"
             )
-        return torch.tensor(self._preferences, dtype=gramian.dtype, device=gramian.device)
+        return like(self._preferences, gramian)
 
     def _orders(self, tasks: int) -> Tensor:
         """Return the partners of each task in random order; its own place in it means nothing."""
