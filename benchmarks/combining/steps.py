@@ -12,7 +12,7 @@ from torchjd.autojac import jac_to_grad, mtl_backward
 from combining.measures import Call
 from combining.networks import MultiTask
 from combining.peers import textbook
-from esper.tolaria.aggregation import MODES, PCGrad, Refreshed, backward
+from esper.tolaria.aggregation import MODES, Mode, PCGrad, Refreshed, backward
 
 REFRESHED = "Esper, refreshed every 10"
 SUM = "one summed backward"
@@ -47,7 +47,7 @@ def bound(net: MultiTask) -> Call:
     return step
 
 
-def esper(mode: str, every: int = 1) -> Make:
+def esper(mode: Mode, every: int = 1) -> Make:
     def make(net: MultiTask) -> Call:
         parameters = list(net.parameters())
         aggregator = PCGrad() if every == 1 else Refreshed(PCGrad(), every=every)
@@ -55,7 +55,7 @@ def esper(mode: str, every: int = 1) -> Make:
         def step() -> None:
             net.optimizer.zero_grad()
             losses = {str(task): loss for task, loss in enumerate(net.losses(net.features()))}
-            backward(losses, parameters, aggregator, mode=mode)  # type: ignore[arg-type]
+            backward(losses, parameters, aggregator, mode=mode)
             net.optimizer.step()
 
         return step

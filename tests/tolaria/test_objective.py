@@ -8,7 +8,7 @@ from torch.utils.data import TensorDataset
 from esper import TolariaTrainer
 from esper.core.config import AggregationConfig, TolariaConfig, TrainConfig
 from esper.leyline import LossError
-from esper.tolaria.aggregation import MODES, PCGrad, Weighted, losses_by_task
+from esper.tolaria.aggregation import MODES, Mode, PCGrad, Weighted, losses_by_task
 from esper.tolaria.data import plan_data
 from esper.tolaria.evaluation import Evaluation
 from esper.tolaria.objective import Objective
@@ -66,8 +66,8 @@ def test_a_batch_without_any_task_is_refused() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_training_takes_the_mode_that_is_set(mode: str) -> None:
-    def train(mode: str) -> list[float]:
+def test_training_takes_the_mode_that_is_set(mode: Mode) -> None:
+    def train(mode: Mode) -> list[float]:
         model = TwoTasks()
         trainer = TolariaTrainer(
             model,
@@ -76,7 +76,7 @@ def test_training_takes_the_mode_that_is_set(mode: str) -> None:
             both,
             config=TolariaConfig(
                 train=TrainConfig(epochs=4),
-                aggregation=AggregationConfig(mode=mode),  # type: ignore[arg-type]
+                aggregation=AggregationConfig(mode=mode),
             ),
         )
         return [state.losses["up"] + state.losses["down"] for state in trainer.run()]

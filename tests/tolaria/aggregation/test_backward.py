@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from esper.tolaria.aggregation import (
     MODES,
     Mean,
+    Mode,
     PCGrad,
     Refreshed,
     Sum,
@@ -142,11 +143,11 @@ def test_an_absent_task_is_a_dropped_row() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_frozen_parameters_are_left_alone(mode: str) -> None:
+def test_frozen_parameters_are_left_alone(mode: Mode) -> None:
     model, plain = TwoHeads(), TwoHeads()
     for frozen in (model, plain):
         frozen.trunk[0].requires_grad_(requires_grad=False)
-    backward(model.losses(), list(model.parameters()), Sum(), mode=mode)  # type: ignore[arg-type]
+    backward(model.losses(), list(model.parameters()), Sum(), mode=mode)
     torch.stack(list(plain.losses().values())).sum().backward()
     expected = gradients_of(plain)
     found = gradients_of(model)
@@ -156,10 +157,10 @@ def test_frozen_parameters_are_left_alone(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_is_not_asked_for_gets_no_gradient(mode: str) -> None:
+def test_what_is_not_asked_for_gets_no_gradient(mode: Mode) -> None:
     case = make("mlp")
     asked = list(case.trunk[2].parameters())  # type: ignore[index]
-    backward(case.losses(), asked, PCGrad(), mode=mode)  # type: ignore[arg-type]
+    backward(case.losses(), asked, PCGrad(), mode=mode)
     assert [p.grad is not None for p in case.parameters] == [
         any(p is a for a in asked) for p in case.parameters
     ]
@@ -175,21 +176,21 @@ def test_one_forward_pass_serves_all_tasks() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_global_generators_are_not_drawn_from(mode: str) -> None:
+def test_the_global_generators_are_not_drawn_from(mode: Mode) -> None:
     case = make("mlp")
     losses = case.losses()
     before = torch.get_rng_state()
-    backward(losses, case.parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+    backward(losses, case.parameters, PCGrad(), mode=mode)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_accumulate_in_every_mode(mode: str) -> None:
+def test_gradients_accumulate_in_every_mode(mode: Mode) -> None:
     case = make("convolutions")
-    backward(case.losses(), case.parameters, Mean(), mode=mode)  # type: ignore[arg-type]
+    backward(case.losses(), case.parameters, Mean(), mode=mode)
     once = [gradient * 2 for gradient in case.gradients() if gradient is not None]
     before = [parameter.grad for parameter in case.parameters]
-    backward(case.losses(), case.parameters, Mean(), mode=mode)  # type: ignore[arg-type]
+    backward(case.losses(), case.parameters, Mean(), mode=mode)
     assert all(p.grad is g for p, g in zip(case.parameters, before, strict=True)), "not in place"
     for found, wanted in zip(case.gradients(), once, strict=True):
         assert found is not None
@@ -241,22 +242,22 @@ def test_bad_input_is_refused(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", ["sequential", "factored", "features"])
-def test_nothing_waits_for_the_device(mode: str) -> None:
+def test_nothing_waits_for_the_device(mode: Mode) -> None:
     case = make("mlp").to("cuda")
-    backward(case.losses(), case.parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+    backward(case.losses(), case.parameters, PCGrad(), mode=mode)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        report = backward(case.losses(), case.parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+        report = backward(case.losses(), case.parameters, PCGrad(), mode=mode)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert report.conflict_share <= 1
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_one_task_has_the_same_weight_in_every_mode(mode: str) -> None:
+def test_one_task_has_the_same_weight_in_every_mode(mode: Mode) -> None:
     model, plain = TwoHeads(), TwoHeads()
     loss = {"first": model.losses()["first"]}
-    report = backward(loss, list(model.parameters()), PCGrad(preferences=[3.0]), mode=mode)  # type: ignore[arg-type]
+    report = backward(loss, list(model.parameters()), PCGrad(preferences=[3.0]), mode=mode)
     assert report.weights.tolist() == [3]
     (3 * plain.losses()["first"]).backward()
     expected = gradients_of(plain)

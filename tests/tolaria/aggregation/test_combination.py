@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from esper.tolaria.aggregation import Mean, PCGrad, backward, by_layer, by_name
+from esper.tolaria.aggregation import Mean, Mode, PCGrad, backward, by_layer, by_name
 from tolaria.aggregation.models import TwoHeads, gradients_of, make
 
 
@@ -68,15 +68,15 @@ def test_each_layer_has_weights_and_a_report_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("mode", ["sequential", "batched", "factored"])
-def test_one_group_of_everything_is_no_group(mode: str) -> None:
+def test_one_group_of_everything_is_no_group(mode: Mode) -> None:
     case = make("words", dtype=torch.float64)
     torch.manual_seed(4)
-    backward(case.losses(), case.parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+    backward(case.losses(), case.parameters, PCGrad(), mode=mode)
     expected = case.gradients()
     case.clear()
     groups = {"all": case.parameters}
     torch.manual_seed(4)
-    report = backward(case.losses(), case.parameters, PCGrad(), mode=mode, groups=groups)  # type: ignore[arg-type]
+    report = backward(case.losses(), case.parameters, PCGrad(), mode=mode, groups=groups)
     assert list(report.groups) == ["all"]
     for found, wanted in zip(case.gradients(), expected, strict=True):
         torch.testing.assert_close(found, wanted)
@@ -105,10 +105,10 @@ def test_a_shared_parameter_outside_every_group_is_refused() -> None:
 
 
 @pytest.mark.parametrize("mode", ["sequential", "factored", "batched"])
-def test_groups_of_tasks_that_share_nothing_are_empty(mode: str) -> None:
+def test_groups_of_tasks_that_share_nothing_are_empty(mode: Mode) -> None:
     first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     losses = {"a": first.sum(), "b": second.sum() * 2}
-    report = backward(losses, [first, second], PCGrad(), groups={"all": [first, second]}, mode=mode)  # type: ignore[arg-type]
+    report = backward(losses, [first, second], PCGrad(), groups={"all": [first, second]}, mode=mode)
     assert report.groups == {}
     assert report.gramian.tolist() == [[0, 0], [0, 0]]
     assert report.weights.shape == (0, 2)

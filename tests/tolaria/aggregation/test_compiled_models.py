@@ -7,7 +7,7 @@ import torch._functorch.config
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from esper.tolaria.aggregation import PCGrad, backward
+from esper.tolaria.aggregation import Mode, PCGrad, backward
 from tolaria.aggregation.models import Case, make
 
 # Compiling takes seconds; the backend without code generation needs no compiler on the machine.
@@ -24,13 +24,13 @@ def keep_buffers() -> Iterator[None]:
 
 @pytest.mark.parametrize("mode", ["sequential", "factored", "features"])
 @pytest.mark.timeout(60)
-def test_a_compiled_trunk_gives_the_same_gradients(mode: str) -> None:
+def test_a_compiled_trunk_gives_the_same_gradients(mode: Mode) -> None:
     case = make("mlp")
-    backward(case.losses(), case.parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+    backward(case.losses(), case.parameters, PCGrad(), mode=mode)
     expected = case.gradients()
     case.clear()
     compiled = Case(torch.compile(case.trunk, backend=BACKEND), case.heads, case.batch)  # type: ignore[arg-type]
-    backward(compiled.losses(), case.parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+    backward(compiled.losses(), case.parameters, PCGrad(), mode=mode)
     for found, wanted in zip(case.gradients(), expected, strict=True):
         torch.testing.assert_close(found, wanted)
 
@@ -71,12 +71,12 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.parametrize("mode", ["sequential", "features"])
-def test_activation_checkpointing_gives_the_same_gradients(mode: str) -> None:
+def test_activation_checkpointing_gives_the_same_gradients(mode: Mode) -> None:
     case = make("mlp")
-    backward(case.losses(), case.parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+    backward(case.losses(), case.parameters, PCGrad(), mode=mode)
     expected = case.gradients()
     case.clear()
     lean = Case(Checkpointed(case.trunk), case.heads, case.batch)
-    backward(lean.losses(), case.parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+    backward(lean.losses(), case.parameters, PCGrad(), mode=mode)
     for found, wanted in zip(case.gradients(), expected, strict=True):
         torch.testing.assert_close(found, wanted)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from esper.tolaria.aggregation import MODES, Refreshed, Sum, backward
+from esper.tolaria.aggregation import MODES, Mode, Refreshed, Sum, backward
 from esper.tolaria.aggregation.graph import SharedGraph, shared_graph
 
 BATCH = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
@@ -255,11 +255,11 @@ def added_up(losses: dict[str, Tensor], parameters: list[nn.Parameter]) -> list[
 @pytest.mark.parametrize("mode", MODES)
 @given(wiring=wirings, ends=endings)
 def test_every_mode_adds_up_over_every_path_of_any_graph(
-    mode: str, wiring: Wiring, ends: list[int]
+    mode: Mode, wiring: Wiring, ends: list[int]
 ) -> None:
     leaves, losses = wired(wiring, ends)
     expected = added_up(losses, leaves)
-    backward(losses, leaves, Sum(), mode=mode)  # type: ignore[arg-type]
+    backward(losses, leaves, Sum(), mode=mode)
     torch.testing.assert_close([leaf.grad for leaf in leaves], expected)
 
 
@@ -301,7 +301,7 @@ def tied_linear() -> tuple[list[nn.Parameter], dict[str, Tensor]]:
 @pytest.mark.parametrize("mode", [*MODES, "refreshed"])
 @pytest.mark.parametrize("make", [skipping, with_auxiliary_loss, tied_embedding, tied_linear])
 def test_no_path_is_counted_twice_or_left_out(
-    make: Callable[[], tuple[list[nn.Parameter], dict[str, Tensor]]], mode: str
+    make: Callable[[], tuple[list[nn.Parameter], dict[str, Tensor]]], mode: Mode
 ) -> None:
     torch.manual_seed(0)
     parameters, losses = make()
@@ -312,6 +312,6 @@ def test_no_path_is_counted_twice_or_left_out(
         aggregator.keep(tuple(losses), gramian, gramian.diagonal())
         assert backward(losses, parameters, aggregator).age == 1
     else:
-        backward(losses, parameters, Sum(), mode=mode)  # type: ignore[arg-type]
+        backward(losses, parameters, Sum(), mode=mode)
     for parameter, gradient in zip(parameters, expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)

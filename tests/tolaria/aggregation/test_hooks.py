@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from esper.tolaria.aggregation import MODES, PCGrad, Refreshed, Sum, backward
+from esper.tolaria.aggregation import MODES, Mode, PCGrad, Refreshed, Sum, backward
 from tolaria.aggregation.models import make
 
 Build = Callable[[], tuple[list[nn.Parameter], dict[str, Tensor]]]
@@ -62,14 +62,14 @@ BUILDS = [on_the_representation, on_a_shared_weight, on_a_wide_weight, in_a_head
         *((on_the_output_of_a_wide_layer, mode) for mode in MODES if mode != "batched-factored"),
     ],
 )
-def test_a_hook_is_applied_once(build: Build, mode: str) -> None:
+def test_a_hook_is_applied_once(build: Build, mode: Mode) -> None:
     torch.manual_seed(0)
     parameters, losses = build()
     torch.stack(list(losses.values())).sum().backward(retain_graph=True)
     expected = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
-    backward(losses, parameters, Sum(), mode=mode)  # type: ignore[arg-type]
+    backward(losses, parameters, Sum(), mode=mode)
     torch.testing.assert_close([parameter.grad for parameter in parameters], expected)
 
 
@@ -89,7 +89,7 @@ def test_a_hook_is_applied_once_in_between_comparisons(build: Build) -> None:
 
 
 @pytest.mark.parametrize("mode", ["batched", "features"])
-def test_a_hook_that_needs_a_gradient_between_two_entries_is_explained(mode: str) -> None:
+def test_a_hook_that_needs_a_gradient_between_two_entries_is_explained(mode: Mode) -> None:
     weight = nn.Parameter(torch.ones(4))
     low = weight * 2
     middle = low * 3
@@ -97,7 +97,7 @@ def test_a_hook_that_needs_a_gradient_between_two_entries_is_explained(mode: str
     high = middle.sin()
     losses = {"a": high.sum() + low.sum(), "b": high.square().sum() + low.cos().sum()}
     with pytest.raises(RuntimeError, match="use mode='sequential'"):
-        backward(losses, [weight], Sum(), mode=mode)  # type: ignore[arg-type]
+        backward(losses, [weight], Sum(), mode=mode)
     assert weight.grad is None
 
 

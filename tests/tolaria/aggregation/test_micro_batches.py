@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from esper.tolaria.aggregation import MicroBatches, PCGrad, Refreshed, Sum, backward
+from esper.tolaria.aggregation import MicroBatches, Mode, PCGrad, Refreshed, Sum, backward
 from tolaria.aggregation.models import Case, make
 
 PARTS = 3
@@ -19,12 +19,12 @@ def whole(kind: str) -> Case:
 
 
 @every_mode
-def test_micro_batches_are_projected_as_one_batch(mode: str) -> None:
+def test_micro_batches_are_projected_as_one_batch(mode: Mode) -> None:
     case = whole("mlp")
     expected = backward(case.losses(), case.parameters, PCGrad())
     gradients = case.gradients()
     case.clear()
-    micro = MicroBatches(case.parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+    micro = MicroBatches(case.parameters, PCGrad(), mode=mode)
     for part in case.batch.chunk(PARTS):
         micro.add({task: loss / PARTS for task, loss in case.losses(part).items()})
         assert all(parameter.grad is None for parameter in case.parameters)
@@ -37,7 +37,7 @@ def test_micro_batches_are_projected_as_one_batch(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["sequential", "batched"])
-def test_a_task_may_be_missing_from_some_micro_batches(mode: str) -> None:
+def test_a_task_may_be_missing_from_some_micro_batches(mode: Mode) -> None:
     case = whole("mlp")
     parts = case.batch.chunk(PARTS)
     first, second = case.losses(parts[0]), case.losses(parts[1])
@@ -48,7 +48,7 @@ def test_a_task_may_be_missing_from_some_micro_batches(mode: str) -> None:
     }
     expected = backward(total, case.parameters, PCGrad())
     case.clear()
-    micro = MicroBatches(case.parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+    micro = MicroBatches(case.parameters, PCGrad(), mode=mode)
     left = case.losses(parts[0])
     micro.add({"first": left["first"], "second": left["second"], "third": None})
     right = case.losses(parts[1])
@@ -83,9 +83,9 @@ def test_nothing_added_is_refused() -> None:
 
 
 @pytest.mark.parametrize("mode", ["features", "factored", "batched-factored"])
-def test_modes_without_whole_gradients_of_each_task_are_refused(mode: str) -> None:
+def test_modes_without_whole_gradients_of_each_task_are_refused(mode: Mode) -> None:
     with pytest.raises(RuntimeError, match="call backward for each micro-batch"):
-        MicroBatches(make("mlp").parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+        MicroBatches(make("mlp").parameters, PCGrad(), mode=mode)
 
 
 def test_a_refreshed_aggregator_is_refused() -> None:

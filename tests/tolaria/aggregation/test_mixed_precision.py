@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from esper.tolaria.aggregation import MODES, MicroBatches, PCGrad, backward
+from esper.tolaria.aggregation import MODES, MicroBatches, Mode, PCGrad, backward
 from tolaria.aggregation.models import Case, make
 
 EXACT_MODES = ("sequential", "factored", "batched")
@@ -18,13 +18,13 @@ def reference(case: Case) -> tuple[Tensor, list[Tensor | None]]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_scaler_scales_gradients_and_not_the_report(mode: str) -> None:
+def test_a_scaler_scales_gradients_and_not_the_report(mode: Mode) -> None:
     case = make("mlp")
-    plain = backward(case.losses(), case.parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+    plain = backward(case.losses(), case.parameters, PCGrad(), mode=mode)
     expected = case.gradients()
     case.clear()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    report = backward(case.losses(), case.parameters, PCGrad(), mode=mode, scaler=scaler)  # type: ignore[arg-type]
+    report = backward(case.losses(), case.parameters, PCGrad(), mode=mode, scaler=scaler)
     torch.testing.assert_close(report.gramian, plain.gramian)
     for found, wanted in zip(case.gradients(), expected, strict=True):
         torch.testing.assert_close(found, None if wanted is None else wanted * 2**16)
@@ -50,7 +50,7 @@ def test_the_scaler_unscales_once_and_steps_as_without_it() -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("place", ["trunk", "head"])
-def test_an_infinity_in_one_task_is_reported_and_skips_the_step(mode: str, place: str) -> None:
+def test_an_infinity_in_one_task_is_reported_and_skips_the_step(mode: Mode, place: str) -> None:
     case = make("mlp")
     optimizer = torch.optim.SGD(case.parameters, lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
@@ -64,7 +64,7 @@ def test_an_infinity_in_one_task_is_reported_and_skips_the_step(mode: str, place
         else losses["second"] + bias.sum() * math.inf
     )
     losses["second"] = other
-    report = backward(losses, case.parameters, PCGrad(), mode=mode, scaler=scaler)  # type: ignore[arg-type]
+    report = backward(losses, case.parameters, PCGrad(), mode=mode, scaler=scaler)
     assert report.nonfinite == ("second",)
     scaler.step(optimizer)
     scaler.update()
@@ -83,12 +83,12 @@ def test_a_gradient_that_is_not_finite_is_not_hidden_by_the_projection() -> None
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_autocast_gives_the_gradients_of_bfloat16(mode: str, device: str) -> None:
+def test_autocast_gives_the_gradients_of_bfloat16(mode: Mode, device: str) -> None:
     case = make("mlp").to(device)
     gramian, expected = reference(case)
     with torch.autocast(device, dtype=torch.bfloat16):
         losses = case.losses()
-    report = backward(losses, case.parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+    report = backward(losses, case.parameters, PCGrad(), mode=mode)
     if mode != "features":
         torch.testing.assert_close(report.gramian, gramian, rtol=0.1, atol=1e-4)
     for found, wanted in zip(case.gradients(), expected, strict=True):
@@ -100,18 +100,18 @@ def test_autocast_gives_the_gradients_of_bfloat16(mode: str, device: str) -> Non
 
 @pytest.mark.parametrize("kind", ["convolutions", "words"])
 @pytest.mark.parametrize("mode", ["sequential", "factored"])
-def test_autocast_with_normalisation_layers(kind: str, mode: str, device: str) -> None:
+def test_autocast_with_normalisation_layers(kind: str, mode: Mode, device: str) -> None:
     case = make(kind).to(device)
     with torch.autocast(device, dtype=torch.bfloat16):
         losses = case.losses()
-    report = backward(losses, case.parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+    report = backward(losses, case.parameters, PCGrad(), mode=mode)
     assert report.nonfinite == ()
     assert all(parameter.grad is not None for parameter in case.parameters)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", MODES)
-def test_float16_on_cuda_with_a_scaler(mode: str) -> None:
+def test_float16_on_cuda_with_a_scaler(mode: Mode) -> None:
     case = make("mlp").to("cuda")
     optimizer = torch.optim.SGD(case.parameters, lr=0.01)
     scaler = torch.amp.GradScaler("cuda")
@@ -120,7 +120,7 @@ def test_float16_on_cuda_with_a_scaler(mode: str) -> None:
         optimizer.zero_grad()
         with torch.autocast("cuda", dtype=torch.float16):
             losses = case.losses()
-        backward(losses, case.parameters, PCGrad(), mode=mode, scaler=scaler)  # type: ignore[arg-type]
+        backward(losses, case.parameters, PCGrad(), mode=mode, scaler=scaler)
         scaler.step(optimizer)
         scaler.update()
         last = float(sum(loss.item() for loss in losses.values()))
@@ -132,9 +132,9 @@ def test_float16_on_cuda_with_a_scaler(mode: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("mode", EXACT_MODES)
-def test_models_of_another_dtype(dtype: torch.dtype, mode: str) -> None:
+def test_models_of_another_dtype(dtype: torch.dtype, mode: Mode) -> None:
     case = make("mlp", dtype=dtype)
-    report = backward(case.losses(), case.parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+    report = backward(case.losses(), case.parameters, PCGrad(), mode=mode)
     assert report.gramian.dtype == torch.float64
     assert all(p.grad is not None and p.grad.dtype == dtype for p in case.parameters)
 

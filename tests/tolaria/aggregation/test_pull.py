@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from esper.tolaria.aggregation import MODES, PCGrad, Sum, backward
+from esper.tolaria.aggregation import MODES, Mode, PCGrad, Sum, backward
 from esper.tolaria.aggregation.graph import shared_graph
 from esper.tolaria.aggregation.layer import wide_layers
 from esper.tolaria.aggregation.pull import EXACT
@@ -50,12 +50,12 @@ def assert_same(case: Case, expected: list[Tensor | None], relative: float) -> N
 @every_kind
 @pytest.mark.parametrize("mode", EXACT_MODES)
 @pytest.mark.parametrize("seed", range(3))
-def test_exact_modes_agree_with_the_paper(mode: str, kind: str, seed: int, device: str) -> None:
+def test_exact_modes_agree_with_the_paper(mode: Mode, kind: str, seed: int, device: str) -> None:
     case = make(kind, seed=seed, dtype=torch.float64).to(device)
     gramian, expected = by_hand(case, seed)
     torch.manual_seed(9)
     aggregator = PCGrad(torch.Generator().manual_seed(seed))
-    report = backward(case.losses(), case.parameters, aggregator, mode=mode)  # type: ignore[arg-type]
+    report = backward(case.losses(), case.parameters, aggregator, mode=mode)
     assert report.mode == mode
     torch.testing.assert_close(report.gramian, gramian, rtol=1e-9, atol=1e-12)
     assert_same(case, expected, 1e-9)
@@ -63,7 +63,7 @@ def test_exact_modes_agree_with_the_paper(mode: str, kind: str, seed: int, devic
 
 @every_kind
 @pytest.mark.parametrize("mode", ["sequential", "factored"])
-def test_single_precision_is_rounded_only(mode: str, kind: str) -> None:
+def test_single_precision_is_rounded_only(mode: Mode, kind: str) -> None:
     case = make(kind)
     _, expected = by_hand(case, 0)
     torch.manual_seed(9)
@@ -71,7 +71,7 @@ def test_single_precision_is_rounded_only(mode: str, kind: str) -> None:
         case.losses(),
         case.parameters,
         PCGrad(torch.Generator().manual_seed(0)),
-        mode=mode,  # type: ignore[arg-type]
+        mode=mode,
     )
     assert_same(case, expected, 1e-6)
 
@@ -79,7 +79,7 @@ def test_single_precision_is_rounded_only(mode: str, kind: str) -> None:
 @every_kind
 @pytest.mark.parametrize("mode", ["features", "sequential", "factored"])
 def test_with_sum_every_mode_is_one_backward_pass_of_the_summed_loss(
-    mode: str, kind: str, device: str
+    mode: Mode, kind: str, device: str
 ) -> None:
     case = make(kind).to(device)
     torch.manual_seed(9)
@@ -87,7 +87,7 @@ def test_with_sum_every_mode_is_one_backward_pass_of_the_summed_loss(
     expected = case.gradients()
     case.clear()
     torch.manual_seed(9)
-    backward(case.losses(), case.parameters, Sum(), mode=mode)  # type: ignore[arg-type]
+    backward(case.losses(), case.parameters, Sum(), mode=mode)
     assert_same(case, expected, 1e-6)
 
 
@@ -152,7 +152,7 @@ def test_a_task_that_misses_a_layer_counts_as_zero_in_its_factors() -> None:
     for mode in ("sequential", "factored"):
         for parameter in parameters:
             parameter.grad = None
-        report = backward(losses(), parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+        report = backward(losses(), parameters, PCGrad(), mode=mode)
         reports[mode] = (report.gramian, [parameter.grad for parameter in parameters])
     torch.testing.assert_close(reports["factored"], reports["sequential"])
 
@@ -177,7 +177,7 @@ def test_two_frontiers_meet_in_one_trunk() -> None:
         ]
     )
     for mode in ("sequential", "batched", "factored"):
-        report = backward(losses(), [trunk.weight], Sum(), mode=mode)  # type: ignore[arg-type]
+        report = backward(losses(), [trunk.weight], Sum(), mode=mode)
         torch.testing.assert_close(report.gramian, expected @ expected.T)
     trunk.weight.grad = None
     backward(losses(), [trunk.weight], Sum(), mode="features")
@@ -185,13 +185,13 @@ def test_two_frontiers_meet_in_one_trunk() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_one_task_gets_its_gradient_in_every_mode(mode: str) -> None:
+def test_one_task_gets_its_gradient_in_every_mode(mode: Mode) -> None:
     case = make("mlp")
     loss = case.losses()["first"]
     loss.backward(retain_graph=True)
     expected = case.gradients()
     case.clear()
-    backward({"first": loss}, case.parameters, PCGrad(), mode=mode)  # type: ignore[arg-type]
+    backward({"first": loss}, case.parameters, PCGrad(), mode=mode)
     assert_same(case, expected, 1e-6)
 
 
@@ -241,16 +241,16 @@ class Mute(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_heads_that_pass_no_gradient_on_leave_the_trunk_alone(mode: str) -> None:
+def test_heads_that_pass_no_gradient_on_leave_the_trunk_alone(mode: Mode) -> None:
     weight = nn.Parameter(torch.ones(3))
     features = weight * 2
     losses = {"a": Mute.apply(features), "b": Mute.apply(features)}
-    backward(losses, [weight], PCGrad(), mode=mode)  # type: ignore[arg-type]
+    backward(losses, [weight], PCGrad(), mode=mode)
     assert weight.grad is None
 
 
 @pytest.mark.parametrize("mode", EXACT_MODES)
-def test_gradients_with_a_negative_bit_keep_their_sign(mode: str) -> None:
+def test_gradients_with_a_negative_bit_keep_their_sign(mode: Mode) -> None:
     real, imaginary = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
 
     def losses() -> dict[str, Tensor]:
@@ -260,7 +260,7 @@ def test_gradients_with_a_negative_bit_keep_their_sign(mode: str) -> None:
     torch.stack(list(losses().values())).sum().backward()
     expected = [real.grad, imaginary.grad]
     real.grad = imaginary.grad = None
-    backward(losses(), [real, imaginary], Sum(), mode=mode)  # type: ignore[arg-type]
+    backward(losses(), [real, imaginary], Sum(), mode=mode)
     torch.testing.assert_close([real.grad, imaginary.grad], expected)
 
 
@@ -283,7 +283,7 @@ def test_a_complex_representation_is_refused() -> None:
     ],
     ids=str,
 )
-def test_convolutions_of_every_kind(layer: nn.Conv2d, mode: str) -> None:
+def test_convolutions_of_every_kind(layer: nn.Conv2d, mode: Mode) -> None:
     images = torch.randn(1, 3, 4, 4)
     output = layer(images).tanh()
     losses = {"a": output.sum(), "b": output.square().sum()}
@@ -291,49 +291,49 @@ def test_convolutions_of_every_kind(layer: nn.Conv2d, mode: str) -> None:
     expected = torch.autograd.grad(losses["a"] + losses["b"], parameters, retain_graph=True)
     for parameter in parameters:
         parameter.grad = None
-    backward(losses, parameters, Sum(), mode=mode)  # type: ignore[arg-type]
+    backward(losses, parameters, Sum(), mode=mode)
     torch.testing.assert_close([parameter.grad for parameter in parameters], list(expected))
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("layer", [nn.Linear(60, 60), nn.Conv2d(60, 8, 1)], ids=str)
-def test_layers_that_are_given_no_rows(layer: nn.Module, mode: str) -> None:
+def test_layers_that_are_given_no_rows(layer: nn.Module, mode: Mode) -> None:
     batch = torch.randn(0, 60, 2, 2) if isinstance(layer, nn.Conv2d) else torch.randn(0, 60)
     output = layer(batch)
     losses = {"a": output.sum(), "b": output.square().sum()}
-    backward(losses, list(layer.parameters()), Sum(), mode=mode)  # type: ignore[arg-type]
+    backward(losses, list(layer.parameters()), Sum(), mode=mode)
     for parameter in layer.parameters():
         assert parameter.grad is not None
         assert not parameter.grad.any()
 
 
 @pytest.mark.parametrize("mode", EXACT_MODES)
-def test_what_a_padded_place_is_given_does_not_matter(mode: str) -> None:
+def test_what_a_padded_place_is_given_does_not_matter(mode: Mode) -> None:
     table = nn.Embedding(50, 7, padding_idx=0)
     words = table(torch.tensor([[0, 3], [4, 0]]))
     # The norm of a padded word has no derivative.
     losses = {"a": words.square().sum(-1).sqrt().sum(), "b": words.sum()}
-    report = backward(losses, [table.weight], PCGrad(), mode=mode)  # type: ignore[arg-type]
+    report = backward(losses, [table.weight], PCGrad(), mode=mode)
     assert report.nonfinite == ()
     assert table.weight.grad is not None
     assert table.weight.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("mode", EXACT_MODES)
-def test_one_word_alone_is_looked_up(mode: str) -> None:
+def test_one_word_alone_is_looked_up(mode: Mode) -> None:
     table = nn.Embedding(50, 7)
     word = table(torch.tensor(3))
     losses = {"a": word.sum(), "b": word.square().sum()}
-    backward(losses, [table.weight], Sum(), mode=mode)  # type: ignore[arg-type]
+    backward(losses, [table.weight], Sum(), mode=mode)
     assert table.weight.grad is not None
     torch.testing.assert_close(table.weight.grad[3], 1 + 2 * table.weight[3])
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_task_that_reaches_no_parameter(mode: str) -> None:
+def test_a_task_that_reaches_no_parameter(mode: Mode) -> None:
     weight, other = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     losses = {"a": weight.sum(), "b": other.sum()}
-    backward(losses, [weight], Sum(), mode=mode)  # type: ignore[arg-type]
+    backward(losses, [weight], Sum(), mode=mode)
     assert weight.grad is not None
     assert weight.grad.tolist() == [1, 1, 1]
     assert other.grad is None

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from esper.tolaria.aggregation import PCGrad, Refreshed, TorchJDWeighting, backward
+from esper.tolaria.aggregation import Mode, PCGrad, Refreshed, TorchJDWeighting, backward
 from tolaria.aggregation.models import make
 
 # Every weighting of a Gramian, with the aggregator of whole Jacobians that it belongs to.
@@ -90,13 +90,13 @@ def test_two_tasks_under_upgrad_are_pcgrad() -> None:
 
 
 @pytest.mark.parametrize("mode", ["sequential", "factored", "features"])
-def test_it_trains_a_model_as_any_aggregator_does(mode: str) -> None:
+def test_it_trains_a_model_as_any_aggregator_does(mode: Mode) -> None:
     case = make("mlp")
     report = backward(
         case.losses(),
         case.parameters,
         TorchJDWeighting(torchjd.UPGradWeighting()),
-        mode=mode,  # type: ignore[arg-type]
+        mode=mode,
     )
     weights = torchjd.UPGradWeighting()(report.gramian)
     torch.testing.assert_close(report.weights, weights)
