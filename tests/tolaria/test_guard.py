@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper.core.config import GuardConfig
+from esper.core.config import ConservativeConfig, GuardConfig
 from esper.leyline import Action, Tier
-from esper.tolaria.guard import Guard, LossStatistics
+from esper.tolaria.guard import Guard, LossStatistics, NullGuard
 
 
 def settled(config: GuardConfig | None = None, loss: float = 1.0) -> Guard:
@@ -144,6 +144,75 @@ def test_losses_at_or_below_zero_are_judged_too() -> None:
 def test_a_constant_loss_is_no_divergence() -> None:
     guard = Guard()
     assert all(guard.judge(step, 0.0).action is Action.COMMIT for step in range(100))
+
+
+def calls(guard: Guard, losses: list[float], strictness: float) -> bool:
+    """Return whether the guard calls a divergence when it is that strict from step 100 on."""
+    guard.strictness = strictness
+    verdicts = [guard.judge(100 + number, loss) for number, loss in enumerate(losses)]
+    return verdicts[-1].action is Action.ROLLBACK
+
+
+NEVER = 10**6
+
+
+@pytest.mark.parametrize(
+    ("config", "losses"),
+    [
+        pytest.param(GuardConfig(), [1.22] * 3, id="all together"),
+        pytest.param(
+            GuardConfig(spike_deviations=20.0, trend_patience=NEVER), [1.75] * 2, id="spike"
+        ),
+        pytest.param(
+            GuardConfig(trend_deviations=20.0, spike_patience=NEVER), [1.75] * 3, id="trend in MADs"
+        ),
+        pytest.param(
+            GuardConfig(trend_ratio=3.0, spike_patience=NEVER), [2.75] * 3, id="trend as a ratio"
+        ),
+    ],
+)
+def test_a_stricter_guard_calls_a_divergence_that_it_would_else_let_pass(
+    config: GuardConfig, losses: list[float]
+) -> None:
+    assert not calls(settled(config), losses, 1.0)
+    assert calls(settled(config), losses, 0.75)
+
+
+def test_strictness_is_no_part_of_the_state() -> None:
+    guard = settled()
+    guard.strictness = 0.75
+    other = Guard()
+    other.load_state_dict(guard.state_dict())
+    assert other.strictness == Guard().strictness == 1.0
+    assert other.state_dict() == guard.state_dict()
+
+
+def test_a_guard_that_is_switched_off_stays_so_however_strict() -> None:
+    guard = NullGuard()
+    assert guard.strictness == 1.0
+    guard.strictness = 0.5
+    assert guard.judge(0, math.nan).action is Action.COMMIT
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.2, 1.0])
+def test_the_same_noise_raises_no_alarm_in_conservative_mode_either(spread: float) -> None:
+    for seed in range(100):
+        guard, noise = Guard(), random.Random(seed)
+        guard.strictness = ConservativeConfig().guard_factor
+        for step in range(400):
+            loss = (0.01 + 4 * math.exp(-step / 60)) * math.exp(spread * noise.gauss(0, 1))
+            assert guard.judge(step, loss).action is Action.COMMIT
+
+
+def test_in_conservative_mode_a_plateau_raises_fewer_alarms_than_one_in_20_000_steps() -> None:
+    alarms, runs, steps = 0, 250, 400
+    for seed in range(runs):
+        guard, noise = Guard(), random.Random(seed)
+        guard.strictness = ConservativeConfig().guard_factor
+        losses = [math.exp(0.2 * noise.gauss(0, 1)) for _ in range(steps)]
+        verdicts = (guard.judge(step, loss) for step, loss in enumerate(losses))
+        alarms += any(verdict.action is Action.ROLLBACK for verdict in verdicts)
+    assert alarms < runs * steps / 20_000
 
 
 @given(seed=st.integers(0, 10**6), spread=st.sampled_from([0.02, 0.2, 1.0]))

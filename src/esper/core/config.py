@@ -3,7 +3,15 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+)
 
 
 class Section(BaseModel):
@@ -89,19 +97,99 @@ class CheckpointConfig(Section):
     enabled: bool = Field(True, description="Write checkpoints when the run has a directory.")
     every: PositiveInt = Field(100, description="Steps between two checkpoints.")
     keep: int = Field(3, ge=2, description="Newest checkpoints that are kept.")
+    restore_deadline_ms: PositiveFloat = Field(
+        60000.0, description="Time to read one back for a rollback; then the reader is killed."
+    )
 
 
 class PolicyConfig(Section):
-    """When and how long the policy (Tamiyo) is asked."""
+    """When, how long and where the policy (Tamiyo) is asked."""
+
+    mode: Literal["overlap", "wait"] = Field(
+        "overlap",
+        description="overlap: train on and take the answer at a later boundary; wait: stand still.",
+    )
+    isolation: Literal["auto", "async", "thread", "process"] = Field(
+        "auto",
+        description="Where the policy runs; auto: as it declares, else where it can be stopped.",
+    )
 
     every: PositiveInt = Field(1, description="Epochs between two questions to the policy.")
     deadline_ms: PositiveFloat = Field(2000.0, description="An answer later than this is dropped.")
+    prepare_deadline_ms: PositiveFloat = Field(
+        30000.0, description="Time for the executor to prepare a command, beside training."
+    )
+
+
+class BreakerConfig(Section):
+    """When a companion that keeps failing is left alone, and for how long."""
+
+    failures: PositiveInt = Field(
+        3, description="Failures in a row after which a companion is no longer called."
+    )
+    cooldown_s: PositiveFloat = Field(
+        30.0, allow_inf_nan=False, description="Seconds until it is tried again."
+    )
+    max_cooldown_s: PositiveFloat = Field(
+        300.0,
+        allow_inf_nan=False,
+        validate_default=True,
+        description="The most that failing trials, which double the seconds, stretch them to.",
+    )
+
+    @field_validator("max_cooldown_s")
+    @classmethod
+    def _not_below_cooldown(cls, value: float, info: ValidationInfo) -> float:
+        cooldown_s = info.data.get("cooldown_s", 0.0)
+        if value < cooldown_s:
+            raise ValueError(f"give at least breaker.cooldown_s, which is {cooldown_s:g}")
+        return value
+
+
+class ConservativeConfig(Section):
+    """How the engine stops taking risks after trouble, until training is healthy again."""
+
+    healthy_steps: PositiveInt = Field(
+        200, description="Healthy steps in a row after which conservative mode is left."
+    )
+    guard_factor: float = Field(
+        0.75, gt=0, le=1, description="The guard's thresholds are multiplied by this meanwhile."
+    )
+
+
+class EmergencyConfig(Section):
+    """Emergencies: how often they are repeated, and how long telling about one may take."""
+
+    repeats_per_minute: PositiveInt = Field(
+        60, description="Repeats of a level that are passed on; rising levels always are."
+    )
+    broadcast_deadline_ms: PositiveFloat = Field(
+        2000.0, description="Time for one broadcast; it is repeated until it has succeeded."
+    )
+
+
+class WorkerConfig(Section):
+    """The worker that carries out every call to the outside under a deadline."""
+
+    max_concurrency: PositiveInt = Field(8, description="Calls that may run at the same time.")
+    shutdown_timeout_s: float = Field(
+        5.0, ge=0, description="Seconds that closing waits for calls to end."
+    )
+    grace_ms: float = Field(
+        50.0, ge=0, description="Time past its deadline for a call to end before it is abandoned."
+    )
+    max_loop_lag_ms: PositiveFloat = Field(
+        100.0, description="A call that blocks the worker's event loop for longer is named."
+    )
 
 
 class TelemetryConfig(Section):
     """What leaves the loop."""
 
     enabled: bool = Field(True, description="Record steps, epochs and events.")
+    epoch_boundary_ms: PositiveFloat = Field(
+        18.0, description="An epoch boundary that takes longer, validation aside, raises an alarm."
+    )
 
 
 class TolariaConfig(Section):
@@ -113,6 +201,10 @@ class TolariaConfig(Section):
     snapshots: SnapshotConfig = SnapshotConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     policy: PolicyConfig = PolicyConfig()
+    breaker: BreakerConfig = BreakerConfig()
+    conservative: ConservativeConfig = ConservativeConfig()
+    emergency: EmergencyConfig = EmergencyConfig()
+    worker: WorkerConfig = WorkerConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
 
 

@@ -8,17 +8,22 @@ from esper.leyline.commands import (
     SeedOperation,
 )
 from esper.leyline.errors import (
+    CallCancelled,
     CheckpointError,
+    ChildDied,
     ConfigError,
     DataError,
+    DeadlineExceeded,
     DivergenceError,
     EsperError,
     JobError,
     LossError,
     RunError,
     StateError,
+    WorkerClosed,
+    WorkerFull,
 )
-from esper.leyline.protocols import Executor, Policy, Sink, Stateful
+from esper.leyline.protocols import Executor, Policy, PreparingExecutor, Sink, Stateful
 from esper.leyline.records import Event, Level, Record, StepRecord, SystemState
 from esper.leyline.verdict import COMMIT, Action, Tier, Verdict
 
@@ -26,9 +31,12 @@ __all__ = [
     "COMMIT",
     "Action",
     "AdaptationCommand",
+    "CallCancelled",
     "CheckpointError",
+    "ChildDied",
     "ConfigError",
     "DataError",
+    "DeadlineExceeded",
     "DivergenceError",
     "EsperError",
     "Event",
@@ -38,6 +46,7 @@ __all__ = [
     "Level",
     "LossError",
     "Policy",
+    "PreparingExecutor",
     "Record",
     "RunError",
     "ScaleLearningRate",
@@ -50,4 +59,6 @@ __all__ = [
     "SystemState",
     "Tier",
     "Verdict",
+    "WorkerClosed",
+    "WorkerFull",
 ]

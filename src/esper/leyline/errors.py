@@ -35,3 +35,23 @@ class RunError(EsperError):
 
 class DivergenceError(EsperError):
     """The divergence guard stopped training after its last remedy failed."""
+
+
+class DeadlineExceeded(EsperError, TimeoutError):  # noqa: N818 - the field's own name for it
+    """A call did not end by its deadline; whatever it answers later is dropped."""
+
+
+class CallCancelled(EsperError):  # noqa: N818
+    """A call was cancelled before it ended."""
+
+
+class WorkerFull(EsperError):  # noqa: N818
+    """Every slot of the worker is taken; the call was refused at once, not queued."""
+
+
+class WorkerClosed(EsperError):  # noqa: N818
+    """The worker takes no calls any more."""
+
+
+class ChildDied(EsperError):  # noqa: N818
+    """The process that carried out a call ended before it answered."""

@@ -1,5 +1,6 @@
 """The shapes that the engine asks of its companions."""
 
+from collections.abc import Awaitable
 from typing import Any, Protocol, runtime_checkable
 
 from esper.leyline.commands import AdaptationCommand, FieldReport
@@ -7,10 +8,17 @@ from esper.leyline.records import Record, SystemState
 
 
 class Policy(Protocol):
-    """Decides how training should adapt. Tamiyo's policies are such objects."""
+    """Decides how training should adapt. Tamiyo's policies are such objects.
 
-    def decide(self, state: SystemState) -> AdaptationCommand | None:
-        """Answer with a command, or None to leave training as it is."""
+    It may declare where it runs by an attribute ``isolation``: ``"thread"`` for one that is sure to
+    return or asks :func:`esper.core.check_cancelled`, ``"process"`` for one that may hang. In a
+    process ``decide`` works on a copy; state is brought back when the policy is ``Stateful``.
+    """
+
+    def decide(
+        self, state: SystemState
+    ) -> AdaptationCommand | None | Awaitable[AdaptationCommand | None]:
+        """Answer with a command, or None to leave training as it is. May be a coroutine."""
         ...
 
 
@@ -19,6 +27,22 @@ class Executor(Protocol):
 
     def apply(self, command: AdaptationCommand) -> FieldReport:
         """Carry out one command at a step boundary, wholly or not at all."""
+        ...
+
+
+@runtime_checkable
+class PreparingExecutor(Executor, Protocol):
+    """An executor that does the long part of a command beside training."""
+
+    def prepare(self, command: AdaptationCommand) -> Any:  # noqa: ANN401
+        """Do what takes long and does not touch the model.
+
+        It runs on a thread: it must return, or ask :func:`esper.core.check_cancelled`.
+        """
+        ...
+
+    def apply_prepared(self, command: AdaptationCommand, prepared: Any) -> FieldReport:  # noqa: ANN401
+        """Carry out a command with what :meth:`prepare` returned, at a step boundary."""
         ...
 
 

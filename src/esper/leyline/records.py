@@ -78,6 +78,7 @@ class SystemState(msgspec.Struct, frozen=True, tag_field="type", tag="epoch", om
     :param samples_per_second: training throughput over the epoch, validation excluded.
     :param timings_ms: mean milliseconds a step by phase.
     :param memory_mb: resident memory of the process, in MiB.
+    :param metrics: of the calls to the outside, of conservative mode and of emergencies, by name.
     """
 
     epoch: int
@@ -95,6 +96,7 @@ class SystemState(msgspec.Struct, frozen=True, tag_field="type", tag="epoch", om
     samples_per_second: float | None = None
     timings_ms: dict[str, float] = {}
     memory_mb: float | None = None
+    metrics: dict[str, float] = {}
 
 
 class Event(msgspec.Struct, frozen=True, tag_field="type", tag="event", omit_defaults=True):

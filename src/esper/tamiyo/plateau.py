@@ -17,6 +17,9 @@ class PlateauPolicy:
     :raises ConfigError: a parameter is out of range.
     """
 
+    # A few comparisons: sure to return.
+    isolation = "thread"
+
     def __init__(self, *, patience: int = 3, factor: float = 0.5, threshold: float = 0.01) -> None:
         if patience < 1:
             raise ConfigError(f"patience is {patience}; give 1 epoch or more")

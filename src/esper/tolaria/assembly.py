@@ -5,10 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from esper.core.config import TolariaConfig
+from esper.core.worker import AsyncWorker, shared_worker
 from esper.leyline import Executor, Level, Sink, Stateful
 from esper.nissa import NullHub, TelemetryHub
 from esper.tolaria.aggregation import PCGrad
+from esper.tolaria.boundary import Boundary, Measured
+from esper.tolaria.caution import Caution
 from esper.tolaria.companions import Companions, NoCompanions
+from esper.tolaria.conservative import ConservativeMode
 from esper.tolaria.data import DataPlan, ResumableLoader, plan_data
 from esper.tolaria.drill import POSITION, SCALE, Drill, NoDrill
 from esper.tolaria.ending import Ending
@@ -19,6 +23,7 @@ from esper.tolaria.job import TrainingJob
 from esper.tolaria.keeper import CheckpointSchedule, Keeper, Schedule, SnapshotSchedule
 from esper.tolaria.loop import Run
 from esper.tolaria.objective import Objective
+from esper.tolaria.outside import Outside, open_outside
 from esper.tolaria.placement import placer, resolve_device
 from esper.tolaria.recorder import Recorder
 from esper.tolaria.recovery import Recovery, RecoveryLog, RollbackTiers
@@ -36,12 +41,14 @@ class Surroundings:
     :param sinks: receive the records.
     :param executor: carries out commands that change the model.
     :param drill: whether to inject one divergence.
+    :param worker: carries out calls to the outside; the process's own by default.
     """
 
     directory: Path | None = None
     sinks: Sequence[Sink] = ()
     executor: Executor | None = None
     drill: bool = False
+    worker: AsyncWorker | None = None
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,9 @@ class Assembly:
     hub: TelemetryHub | NullHub
     tiers: RollbackTiers
     companions: Companions | NoCompanions
+    outside: Outside
+    caution: Caution
+    boundary: Boundary
     log: RecoveryLog
     plan: DataPlan
     validation: DataPlan | None
@@ -73,17 +83,23 @@ def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings
     hub = TelemetryHub(surroundings.sinks) if config.telemetry.enabled else NullHub()
     log = RecoveryLog()
     recorder = Recorder(hub, update, log)
-    companions = _companions(job, config, surroundings.executor, recorder)
+    worker = surroundings.worker or shared_worker(config.worker)
+    mode = ConservativeMode(config.conservative, recorder.announce)
+    caution = Caution(mode, guard, update.progress, prepare=worker.warm_up)
+    outside = open_outside(config, worker, recorder.announce, caution)
+    companions = _companions(job, config, surroundings.executor, recorder, outside, mode)
     drill = _drill(surroundings, data, recorder)
     objective = _objective(job, config)
     state = _state(job, objective)
     tiers = _tiers(config, surroundings.directory)
-    recovery = Recovery(state, tiers, data, update, guard, log)
+    recovery = Recovery(state, tiers, outside.rollback, data, update, guard, log)
     keeper = Keeper(state, update.progress, _schedules(config, tiers, recorder))
     ending = Ending()
     place = placer(device)
     validation = _validation_plan(job)
     evaluation = Evaluation(job.model, validation, metrics=job.metrics, loss=job.loss, place=place)
+    sources: list[Measured] = [*outside.dependencies, mode]
+    boundary = Boundary(config.telemetry.epoch_boundary_ms, recorder, sources)
     run = Run(
         data=data,
         place=place,
@@ -92,12 +108,14 @@ def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings
         guard=guard,
         update=update,
         recorder=recorder,
-        rescue=Rescue(recovery, keeper, recorder, ending, data),
-        epochs=Epochs(data, evaluation, recorder, companions, update, log),
+        rescue=Rescue(recovery, keeper, recorder, ending, data, caution),
+        epochs=Epochs(data, evaluation, recorder, companions, log, boundary),
         keeper=keeper,
         ending=ending,
     )
-    parts = Assembly(run, state, hub, tiers, companions, log, plan, validation)
+    parts = Assembly(
+        run, state, hub, tiers, companions, outside, caution, boundary, log, plan, validation
+    )
     _register_state(parts, recovery)
     return parts
 
@@ -111,6 +129,7 @@ def _register_state(parts: Assembly, recovery: Recovery) -> None:
         "guard": run.guard,
         "guard_history": run.guard.history,
         "recovery": parts.log,
+        "caution": parts.caution.mode,
         "trail": recovery.trail,
         "meter": run.recorder.meter,
         "companions": parts.companions,
@@ -173,11 +192,16 @@ def _schedules(config: TolariaConfig, tiers: RollbackTiers, recorder: Recorder) 
 
 
 def _companions(
-    job: TrainingJob, config: TolariaConfig, executor: Executor | None, recorder: Recorder
+    job: TrainingJob,
+    config: TolariaConfig,
+    executor: Executor | None,
+    recorder: Recorder,
+    outside: Outside,
+    mode: ConservativeMode,
 ) -> Companions | NoCompanions:
     if job.policy is None:
         return NoCompanions()
-    return Companions(job.policy, executor, config.policy, recorder.update, recorder)
+    return Companions(job.policy, executor, outside, config.policy, recorder, mode)
 
 
 def _drill(

@@ -1,30 +1,40 @@
-"""The policy, asked at epoch boundaries; its commands, applied at epoch boundaries.
+"""The policy and the executor, attended to at epoch boundaries.
 
 The policy runs beside training: it is asked at the end of one epoch and its command is applied at
 the end of a later one, so that a run is repeatable as long as answers are in time. An answer that
-misses its deadline is dropped and counted.
+misses its deadline is dropped and counted. In ``wait`` mode training stands still meanwhile.
 """
 
-from collections.abc import Callable
+import asyncio
+import inspect
+import math
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 
 from esper.core.config import PolicyConfig
-from esper.core.deadline import Deadline
-from esper.core.overlap import CallOutcome, OverlappedCall
+from esper.core.worker import Isolation
 from esper.leyline import (
     AdaptationCommand,
     Executor,
     FieldReport,
     Level,
     Policy,
+    PreparingExecutor,
     ScaleLearningRate,
+    SeedCommand,
     Stateful,
     SystemState,
 )
+from esper.tolaria.conservative import ConservativeMode
+from esper.tolaria.dependency import Answer
+from esper.tolaria.isolation import isolation_of
+from esper.tolaria.outside import Outside
 from esper.tolaria.recorder import Recorder
-from esper.tolaria.update import Update
+
+_COMMAND: Any = AdaptationCommand
+_START_S = 60.0
 
 
 class Companions:
@@ -33,101 +43,185 @@ class Companions:
     :param policy: decides; its state is saved with the run when it has any.
     :param executor: carries out commands that change the model; the engine itself carries out
         those that concern the learning rate.
-    :param config: when to ask, and for how long to wait.
-    :param update: its learning rate is what a policy may scale.
-    :param recorder: told of answers and of their absence.
+    :param outside: how both are reached.
+    :param config: when to ask, and whether to wait.
+    :param recorder: told of answers; its update is what a policy may scale the rate of.
+    :param mode: may forbid a command.
     :ivar on_model_change: called after the executor has changed the model.
+    :raises ConfigError: the policy cannot run where the configuration wants it.
     """
 
     def __init__(
         self,
         policy: Policy,
         executor: Executor | None,
+        outside: Outside,
         config: PolicyConfig,
-        update: Update,
         recorder: Recorder,
+        mode: ConservativeMode,
     ) -> None:
-        self.answered = self.late = self.failed = 0
         self.on_model_change: Callable[[], None] = _do_nothing
+        self.isolation, self.warning = isolation_of(policy, "decide", config.isolation)
         self._policy = policy
         self._executor = executor
+        self._worker = outside.worker
+        self._tamiyo, self._kasmina = outside.tamiyo, outside.kasmina
         self._config = config
-        self._update = update
+        self._update = recorder.update
         self._recorder = recorder
-        self._call: OverlappedCall[SystemState, AdaptationCommand | None]
-        self._call = OverlappedCall(policy.decide, name="esper-policy")
+        self._mode = mode
         self._question: SystemState | None = None
+        self._command: AdaptationCommand | None = None
         self._policy_state: dict[str, Any] = self._state_of_policy()
 
+    def prepare(self) -> None:
+        """Before the first step: wait for the policy's process to be there.
+
+        The first question would otherwise spend its deadline on imports.
+        """
+        if self.isolation is not Isolation.PROCESS:
+            return
+        try:
+            self._worker.call(
+                _be_there,
+                self._policy,
+                timeout_s=_START_S,
+                name="tolaria.start",
+                isolation="process",
+            )
+        except Exception as error:  # noqa: BLE001 - whatever the policy's imports raise is told
+            message = f"no process for the policy yet: {type(error).__name__}: {error}"
+            self._recorder.event("policy_start_failed", message, Level.WARNING)
+
     def attend(self, state: SystemState) -> None:
-        """At an epoch boundary: apply an answer that is ready, then ask when it is time to."""
-        self._collect()
-        if not self._call.pending and (state.epoch + 1) % self._config.every == 0:
+        """At an epoch boundary: apply what is ready, then ask when it is time to."""
+        self._take_prepared()
+        self._take_answer()
+        if not self._tamiyo.pending and (state.epoch + 1) % self._config.every == 0:
             self._ask(state)
+            if self._config.mode == "wait":
+                self._take_answer()
 
     def close(self) -> None:
-        """Stop asking."""
-        self._call.close()
+        """Expect no answers any more."""
+        self._tamiyo.cancel()
+        self._kasmina.cancel()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the open question, and the policy's state from before it was asked."""
+        """Return what is under way, and the policy's state from before it was asked."""
         question = None if self._question is None else msgspec.json.encode(self._question).decode()
-        return {"question": question, "policy": self._policy_state}
+        command = None if self._command is None else msgspec.json.encode(self._command).decode()
+        return {"question": question, "command": command, "policy": self._policy_state}
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Put the policy's state back and ask the open question again."""
+        """Put the policy's state back and ask anew for what was under way."""
+        self.close()
         self._policy_state = state_dict["policy"]
         if isinstance(self._policy, Stateful):
             self._policy.load_state_dict(self._policy_state)
-        question = state_dict["question"]
-        self._question = None
+        question, command = state_dict["question"], state_dict["command"]
+        self._question = self._command = None
+        if command is not None:
+            self._prepare(msgspec.json.decode(command, type=_COMMAND))
         if question is not None:
             self._ask(msgspec.json.decode(question, type=SystemState))
 
     def _ask(self, state: SystemState) -> None:
         self._policy_state = self._state_of_policy()
-        deadline = Deadline.after(self._config.deadline_ms / 1e3)
-        if self._call.submit(state, deadline):
-            self._question = state
+        if self.isolation is Isolation.PROCESS:
+            asked = self._tamiyo.submit_async(
+                _decide_apart, self._policy, state, isolation=self.isolation
+            )
         else:
-            self._note_late("the policy still works on an earlier question")
+            asked = self._tamiyo.submit_async(self._policy.decide, state, isolation=self.isolation)
+        if asked:
+            self._question = state
 
-    def _collect(self) -> None:
-        answer = self._call.poll()
+    def _take_answer(self) -> None:
+        wait = self._config.mode == "wait"
+        answer = self._tamiyo.wait() if wait else self._tamiyo.poll()
         if answer is None:
             return
+        epoch = -1 if self._question is None else self._question.epoch
         self._question = None
+        if answer.ok:
+            command = self._adopt(answer.reply)
+            if command is not None:
+                self._consider(command)
+        elif answer.outcome.value in ("timeout", "abandoned"):
+            self._recorder.event(
+                "timeout_inference",
+                f"the policy has not answered about epoch {epoch + 1}; training goes on without",
+                epoch=epoch,
+                deadline_ms=self._config.deadline_ms,
+            )
         self._policy_state = self._state_of_policy()
-        if answer.outcome is CallOutcome.OK:
-            self.answered += 1
-            if answer.reply is not None:
-                self._apply(answer.reply)
-        elif answer.outcome is CallOutcome.LATE:
-            self._note_late(f"no answer within {self._config.deadline_ms:g} ms; it is dropped")
-        else:
-            self.failed += 1
-            message = f"the policy failed: {type(answer.error).__name__}: {answer.error}"
-            self._recorder.event("policy_failed", message, Level.WARNING)
 
-    def _apply(self, command: AdaptationCommand) -> None:
-        if isinstance(command, ScaleLearningRate):
+    def _adopt(self, reply: Any) -> AdaptationCommand | None:  # noqa: ANN401
+        """Take over the state that the policy has come to in a process; return its command."""
+        if self.isolation is not Isolation.PROCESS:
+            command: AdaptationCommand | None = reply
+            return command
+        command, copy = reply
+        if isinstance(self._policy, Stateful):
+            self._policy.load_state_dict(copy.state_dict())
+        elif hasattr(self._policy, "__dict__"):
+            vars(self._policy).update(vars(copy))
+        return command
+
+    def _consider(self, command: AdaptationCommand) -> None:
+        refusal = _invalid(command) or self._mode.allows(command)
+        if refusal:
+            self._report(FieldReport(_tag(command), applied=False, detail=refusal))
+        elif isinstance(command, ScaleLearningRate):
             before = self._update.learning_rate
             self._update.scale_learning_rate(command.factor)
             detail = f"learning rate {before:.4g} -> {self._update.learning_rate:.4g}"
-            report = FieldReport("scale_learning_rate", applied=True, detail=detail)
+            self._report(FieldReport("scale_learning_rate", applied=True, detail=detail))
+        elif isinstance(self._executor, PreparingExecutor):
+            self._prepare(command)
         elif self._executor is not None:
-            report = self._executor.apply(command)
-            self.on_model_change()
+            self._change_model(command, self._executor.apply, command)
         else:
             detail = f"there is no executor to {command.operation} seed {command.seed!r}"
-            report = FieldReport("seed", applied=False, detail=detail)
+            self._report(FieldReport("seed", applied=False, detail=detail))
+
+    def _prepare(self, command: AdaptationCommand) -> None:
+        if not isinstance(self._executor, PreparingExecutor):
+            return
+        asked = not self._kasmina.pending and self._kasmina.submit_async(
+            self._executor.prepare, command, isolation=Isolation.THREAD
+        )
+        if asked:
+            self._command = command
+        else:
+            detail = "the executor does not take commands at present"
+            self._report(FieldReport(_tag(command), applied=False, detail=detail))
+
+    def _take_prepared(self) -> None:
+        answer, command = self._kasmina.poll(), self._command
+        if answer is None or command is None:
+            return
+        self._command = None
+        # What has changed since the command was given may forbid it now.
+        refusal = self._mode.allows(command) or answer.detail
+        if refusal:
+            self._report(FieldReport(_tag(command), applied=False, detail=refusal))
+        elif isinstance(self._executor, PreparingExecutor):
+            self._change_model(command, self._executor.apply_prepared, command, answer.reply)
+
+    def _change_model(
+        self, command: AdaptationCommand, change: Callable[..., FieldReport], *arguments: Any
+    ) -> None:
+        answer: Answer[FieldReport] = self._kasmina.call_here(change, *arguments)
+        self.on_model_change()
+        refused = FieldReport(_tag(command), applied=False, detail=answer.detail)
+        self._report(answer.reply or refused)
+
+    def _report(self, report: FieldReport) -> None:
         level = Level.INFO if report.applied else Level.WARNING
         message = f"policy: {report.detail}"
         self._recorder.event("policy_answered", message, level, **msgspec.to_builtins(report))
-
-    def _note_late(self, why: str) -> None:
-        self.late += 1
-        self._recorder.event("policy_late", f"policy: {why}", Level.WARNING, late=self.late)
 
     def _state_of_policy(self) -> dict[str, Any]:
         return self._policy.state_dict() if isinstance(self._policy, Stateful) else {}
@@ -135,6 +229,11 @@ class Companions:
 
 class NoCompanions:
     """Nobody to ask."""
+
+    warning = ""
+
+    def prepare(self) -> None:
+        """Do nothing."""
 
     def attend(self, state: SystemState) -> None:
         """Do nothing."""
@@ -148,6 +247,38 @@ class NoCompanions:
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
         """Take nothing."""
+
+
+def _decide_apart(policy: Policy, state: SystemState) -> Any:  # noqa: ANN401
+    """In a process: let a copy of the policy decide, and return the copy as well."""
+    command = policy.decide(state)
+    if inspect.isawaitable(command):
+        command = asyncio.run(_arrival_of(command))
+    return command, policy
+
+
+async def _arrival_of(awaitable: Awaitable[Any]) -> Any:  # noqa: ANN401
+    return await awaitable
+
+
+def _be_there(policy: Policy) -> None:  # noqa: ARG001
+    """In a process: do nothing; whatever the policy needs has been imported by now."""
+
+
+def _invalid(command: object) -> str:
+    """Return what is wrong with an answer; empty when it is a command that can be carried out."""
+    if isinstance(command, SeedCommand):
+        return ""
+    if not isinstance(command, ScaleLearningRate):
+        return f"{command!r} is no command"
+    if not 0 < command.factor < math.inf:
+        return f"the learning rate cannot be multiplied by {command.factor!r}"
+    return ""
+
+
+def _tag(command: object) -> str:
+    config = getattr(command, "__struct_config__", None)
+    return type(command).__name__ if config is None else str(config.tag)
 
 
 def _do_nothing() -> None:

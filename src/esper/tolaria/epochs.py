@@ -5,12 +5,12 @@ import time
 import psutil
 
 from esper.leyline import SystemState
+from esper.tolaria.boundary import Boundary
 from esper.tolaria.companions import Companions, NoCompanions
 from esper.tolaria.data import ResumableLoader
 from esper.tolaria.evaluation import Evaluation
 from esper.tolaria.recorder import Recorder
 from esper.tolaria.recovery import RecoveryLog
-from esper.tolaria.update import Update
 
 
 class Epochs:
@@ -20,8 +20,8 @@ class Epochs:
     :param evaluation: measures the model.
     :param recorder: holds the epoch's means and takes its state.
     :param companions: attended to at each boundary.
-    :param update: tells step and learning rate.
     :param log: tells attempt and rollbacks.
+    :param boundary: measures how long training stands still, and what else is measured.
     """
 
     def __init__(
@@ -30,8 +30,8 @@ class Epochs:
         evaluation: Evaluation,
         recorder: Recorder,
         companions: Companions | NoCompanions,
-        update: Update,
         log: RecoveryLog,
+        boundary: Boundary,
     ) -> None:
         self.last: SystemState | None = None
         self._finished: list[SystemState] = []
@@ -39,8 +39,9 @@ class Epochs:
         self._evaluation = evaluation
         self._recorder = recorder
         self._companions = companions
-        self._update = update
+        self._update = recorder.update
         self._log = log
+        self._boundary = boundary
         self._process = psutil.Process()
         self._began = time.perf_counter()
 
@@ -49,13 +50,16 @@ class Epochs:
         if not self._data.epoch_ended:
             return
         seconds = time.perf_counter() - self._began
-        state = self._state(self._data.epoch, self._evaluation.run(), seconds)
+        validation = self._evaluation.run()
+        began = time.perf_counter()
+        state = self._state(self._data.epoch, validation, seconds)
         self._recorder.outlet.emit(state)
         self._recorder.meter.reset()
         self._data.start_next_epoch()
         self._companions.attend(state)
         self._finished.append(state)
         self.last = state
+        self._boundary.close(state.epoch, time.perf_counter() - began)
         self._began = time.perf_counter()
 
     def take_finished(self) -> list[SystemState]:
@@ -81,4 +85,5 @@ class Epochs:
             samples_per_second=meter.samples / seconds if meter.samples and seconds > 0 else None,
             timings_ms=meter.means("timing"),
             memory_mb=self._process.memory_info().rss / 2**20,
+            metrics=self._boundary.metrics(),
         )

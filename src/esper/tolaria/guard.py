@@ -112,9 +112,12 @@ class Guard:
     """Answers whether a step may be committed.
 
     :param config: thresholds and budgets.
+    :ivar strictness: the thresholds are multiplied by this, ``trend_ratio`` by its excess over 1;
+        below 1 a divergence is called sooner. Not part of the state.
     """
 
     def __init__(self, config: GuardConfig | None = None) -> None:
+        self.strictness = 1.0
         self.config = config or GuardConfig()
         self.history = RecoveryHistory()
         self.statistics = LossStatistics(self.config.window)
@@ -186,10 +189,12 @@ class Guard:
         return Verdict(Action.COMMIT, reason if worth_telling else "", suspicious=True)
 
     def _count(self, loss: float, distance: float) -> None:
-        config = self.config
-        self._spikes = self._spikes + 1 if distance > config.spike_deviations else 0
-        raised = loss > config.trend_ratio * self.statistics.average
-        self._high = self._high + 1 if raised and distance > config.trend_deviations else 0
+        config, strictness = self.config, self.strictness
+        spiked = distance > strictness * config.spike_deviations
+        self._spikes = self._spikes + 1 if spiked else 0
+        raised = loss > (1 + strictness * (config.trend_ratio - 1)) * self.statistics.average
+        high = raised and distance > strictness * config.trend_deviations
+        self._high = self._high + 1 if high else 0
 
     def _commit_calm(self, step: int) -> Verdict:
         self._forget_old_rollbacks(step)
@@ -249,9 +254,13 @@ class Guard:
 
 
 class NullGuard:
-    """Commits every step."""
+    """Commits every step.
+
+    :ivar strictness: may be set, and changes nothing.
+    """
 
     def __init__(self) -> None:
+        self.strictness = 1.0
         self.history = RecoveryHistory()
 
     def judge(self, step: int, loss: float, gradient_norm: float | None = None) -> Verdict:  # noqa: ARG002 - Guard's signature

@@ -1,7 +1,6 @@
 """The newest value of every metric, by name, for whoever asks."""
 
 from esper.tolaria.assembly import Assembly
-from esper.tolaria.companions import Companions
 from esper.tolaria.keeper import CheckpointSchedule, SnapshotSchedule
 
 
@@ -22,10 +21,7 @@ def collect_metrics(parts: Assembly) -> dict[str, float]:
         elif isinstance(schedule, CheckpointSchedule):
             metrics["tolaria.rollback.checkpoints_total"] = float(schedule.saved)
             metrics["tolaria.rollback.checkpoint_failures_total"] = float(schedule.failed)
-    if isinstance(parts.companions, Companions):
-        metrics["tolaria.timeout.tamiyo.success"] = float(parts.companions.answered)
-        metrics["tolaria.timeout.tamiyo.timeout"] = float(parts.companions.late)
-        metrics["tolaria.timeout.tamiyo.error"] = float(parts.companions.failed)
+    metrics.update(parts.boundary.metrics())
     metrics.update(_from_meter(parts))
     return metrics
 

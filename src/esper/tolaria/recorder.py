@@ -74,6 +74,10 @@ class Recorder:
         self.outlet.emit(record)
         return record
 
+    def announce(self, name: str, message: str, level: Level, data: dict[str, Any]) -> None:
+        """Emit one event whose values come as a mapping."""
+        self.event(name, message, level, **data)
+
     def event(
         self,
         name: str,

@@ -2,19 +2,25 @@
 
 import time
 from collections import deque
-from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
+from esper.core.worker import Isolation
 from esper.leyline import CheckpointError, StateError, Tier, Verdict
 from esper.tolaria.data import Batch, ResumableLoader
+from esper.tolaria.dependency import Answer, Dependency
 from esper.tolaria.guard import Guard, NullGuard
-from esper.tolaria.rollback import CheckpointStore, FastRollbackCache
+from esper.tolaria.rollback import (
+    CheckpointInfo,
+    CheckpointStore,
+    FastRollbackCache,
+    read_checkpoint,
+)
 from esper.tolaria.state import Capture, TrainState
 from esper.tolaria.update import Update
 
 # What a rollback must not take back: the memory of what recovery has done.
-KEPT = frozenset({"recovery", "guard_history"})
+KEPT = frozenset({"recovery", "guard_history", "caution", "emergency"})
 _TRAIL = 64
 
 
@@ -91,6 +97,7 @@ class Recovery:
 
     :param state: restored in place.
     :param tiers: snapshots and checkpoints.
+    :param reader: how checkpoints are read.
     :param data: its position is part of the state; skipped batches are told to it.
     :param update: its learning rate is cut on request.
     :param guard: told that the suspicion is over.
@@ -101,6 +108,7 @@ class Recovery:
         self,
         state: TrainState,
         tiers: RollbackTiers,
+        reader: Dependency,
         data: ResumableLoader,
         update: Update,
         guard: Guard | NullGuard,
@@ -110,6 +118,7 @@ class Recovery:
         self.trail = Trail()
         self._state = state
         self._tiers = tiers
+        self._reader = reader
         self._data = data
         self._update = update
         self._guard = guard
@@ -176,12 +185,30 @@ class Recovery:
         if store is None:
             return "no checkpoint directory"
         try:
-            info = store.load_latest(_Keeping(self._state), before_step=before_step)
+            info, capture = self._read(store, before_step)
+            self._state.restore(capture, keep=KEPT)
         except (CheckpointError, StateError) as error:
             return str(error)
         if self._tiers.memory is not None:
             self._tiers.memory.discard_after(info.step)
         return ""
+
+    def _read(self, store: CheckpointStore, before_step: int) -> tuple[CheckpointInfo, Capture]:
+        """Read a checkpoint in a process that can be killed: a file system may hang for ever.
+
+        The live state is touched here, when everything has arrived, and nowhere else.
+        """
+        asked = self._reader.submit_async(
+            read_checkpoint, store.directory, before_step, isolation=Isolation.PROCESS
+        )
+        answer: Answer[tuple[CheckpointInfo, Capture]] | None
+        answer = self._reader.wait() if asked else None
+        if answer is None:
+            # No process is to be had: then without one, which is better than not at all.
+            return store.read_latest(before_step=before_step)
+        if answer.reply is None:
+            raise CheckpointError(answer.detail)
+        return answer.reply
 
     def _cut_rate(self, factor: float) -> None:
         self.log.rate_cut *= factor
@@ -189,16 +216,3 @@ class Recovery:
         if self.log.rate_cut != progress.rate_cut:
             self._update.scale_learning_rate(self.log.rate_cut / progress.rate_cut)
             progress.rate_cut = self.log.rate_cut
-
-
-class _Keeping:
-    """The training state, restored without what a rollback must not take back."""
-
-    def __init__(self, state: TrainState) -> None:
-        self._state = state
-
-    def capture(self) -> Capture:
-        return self._state.capture()
-
-    def restore(self, capture: Capture, *, keep: Container[str] = KEPT) -> None:
-        self._state.restore(capture, keep=keep)

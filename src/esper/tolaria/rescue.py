@@ -1,6 +1,7 @@
 """Answering a verdict that is no plain commit: tell, roll back, or end the run."""
 
 from esper.leyline import Action, Level, Verdict
+from esper.tolaria.caution import Caution
 from esper.tolaria.data import Batch, ResumableLoader
 from esper.tolaria.ending import Ending, Outcome
 from esper.tolaria.keeper import Keeper
@@ -16,6 +17,7 @@ class Rescue:
     :param recorder: told of every remedy.
     :param ending: asked to end the run when no remedy is left.
     :param data: tells the samples of a skipped batch.
+    :param caution: counts every step, and is told of rollbacks.
     """
 
     def __init__(
@@ -25,16 +27,19 @@ class Rescue:
         recorder: Recorder,
         ending: Ending,
         data: ResumableLoader,
+        caution: Caution,
     ) -> None:
         self._recovery = recovery
         self._keeper = keeper
         self._recorder = recorder
         self._ending = ending
         self._data = data
+        self._caution = caution
 
     def answer(self, step: int, batch: Batch, verdict: Verdict) -> None:
         """Remember the step's batch, and carry out whatever its verdict asks for besides."""
         self._recovery.trail.note(step, batch)
+        self._caution.note(verdict)
         if verdict.action is Action.COMMIT:
             if verdict.reason:
                 message = f"step {step}: {verdict.reason}"
@@ -70,6 +75,7 @@ class Rescue:
             rate_factor=verdict.rate_factor,
             fallback=result.error,
         )
+        self._caution.enter("rollback")
         self._keeper.keep_restored()
 
 

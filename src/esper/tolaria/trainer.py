@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from esper._version import __version__
 from esper.core.config import TolariaConfig
+from esper.core.worker import AsyncWorker
 from esper.leyline import (
     CheckpointError,
     DivergenceError,
@@ -42,6 +43,7 @@ class TolariaTrainer:
     :param tamiyo: policy that is asked how training should adapt.
     :param kasmina: executor of commands that change the model.
     :param config: everything else.
+    :param worker: carries out calls to the outside; the process's own by default.
     """
 
     def __init__(
@@ -54,9 +56,10 @@ class TolariaTrainer:
         tamiyo: Policy | None = None,
         kasmina: Executor | None = None,
         config: TolariaConfig | None = None,
+        worker: AsyncWorker | None = None,
     ) -> None:
         job = TrainingJob(model=model, optimizer=optimizer, data=data, loss=loss_fn, policy=tamiyo)
-        self._set_up(job, config or TolariaConfig(), Surroundings(executor=kasmina))
+        self._set_up(job, config or TolariaConfig(), Surroundings(executor=kasmina, worker=worker))
 
     @classmethod
     def from_job(
@@ -68,15 +71,17 @@ class TolariaTrainer:
         sinks: Sequence[Sink] = (),
         kasmina: Executor | None = None,
         drill: bool = False,
+        worker: AsyncWorker | None = None,
     ) -> "TolariaTrainer":
         """Make a trainer of a whole job.
 
         :param directory: run directory; without one there are no durable checkpoints.
         :param sinks: receive every step, epoch and event.
         :param drill: inject one divergence, to watch it being taken back.
+        :param worker: carries out calls to the outside; the process's own by default.
         """
         trainer = cls.__new__(cls)
-        surroundings = Surroundings(directory, sinks, kasmina, drill)
+        surroundings = Surroundings(directory, sinks, kasmina, drill, worker)
         trainer._set_up(job, config or TolariaConfig(), surroundings)
         return trainer
 
@@ -138,6 +143,7 @@ class TolariaTrainer:
         began = time.perf_counter()
         run = self._parts.run
         self._announce()
+        self._parts.companions.prepare()
         run.keeper.keep_first()
         try:
             yield from steps(run)
@@ -205,3 +211,6 @@ class TolariaTrainer:
                 "python": platform.python_version(),
             },
         )
+        warning = self._parts.companions.warning
+        if warning:
+            recorder.event("policy_unstoppable", warning, Level.WARNING)

@@ -1,6 +1,11 @@
 """The two tiers of rollback: snapshots in memory, checkpoints on disk."""
 
-from esper.tolaria.rollback.checkpoint import CheckpointInfo, CheckpointReport, CheckpointStore
+from esper.tolaria.rollback.checkpoint import (
+    CheckpointInfo,
+    CheckpointReport,
+    CheckpointStore,
+    read_checkpoint,
+)
 from esper.tolaria.rollback.durable import is_locked
 from esper.tolaria.rollback.snapshot import FastRollbackCache, Snapshot, snapshot_bytes
 
@@ -11,5 +16,6 @@ __all__ = [
     "FastRollbackCache",
     "Snapshot",
     "is_locked",
+    "read_checkpoint",
     "snapshot_bytes",
 ]

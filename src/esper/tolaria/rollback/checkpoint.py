@@ -121,6 +121,15 @@ class CheckpointStore:
         :raises CheckpointError: there is none, naming what was tried.
         :raises StateError: the checkpoint is of another model or optimizer.
         """
+        info, capture = self.read_latest(before_step=before_step)
+        state.restore(capture)
+        return info
+
+    def read_latest(self, *, before_step: int | None = None) -> tuple[CheckpointInfo, Capture]:
+        """Read the newest valid checkpoint without restoring it; see :meth:`load_latest`.
+
+        :raises CheckpointError: there is none, naming what was tried.
+        """
         began = time.perf_counter()
         problems: dict[Path, str] = {}
         while path := self._newest(before_step, problems):
@@ -132,8 +141,7 @@ class CheckpointStore:
                 foreign = isinstance(error, UnknownFormatError)
                 problems[path] = str(error) + ("" if foreign else self._set_aside(path, error))
                 continue
-            state.restore(capture)
-            return _describe(path, manifest, (time.perf_counter() - began) * 1e3)
+            return _describe(path, manifest, (time.perf_counter() - began) * 1e3), capture
         tried = "; ".join(problems.values()) or "there is none"
         limit = "" if before_step is None else f" of step {before_step} or earlier"
         raise CheckpointError(f"no valid checkpoint{limit} in {self.directory}: {tried}")
@@ -268,6 +276,11 @@ class CheckpointStore:
             return []
         entries = [entry for entry in self.directory.iterdir() if _NAME.fullmatch(entry.name)]
         return sorted(entries, key=_place_of, reverse=True)
+
+
+def read_checkpoint(directory: Path, before_step: int) -> tuple[CheckpointInfo, Capture]:
+    """Read a checkpoint as :meth:`CheckpointStore.read_latest` does, for another process."""
+    return CheckpointStore(directory).read_latest(before_step=before_step)
 
 
 def _require_own_step(path: Path, manifest: Manifest) -> None:

@@ -1,0 +1,115 @@
+"""A program of its own: forks children that have the heavy imports behind them.
+
+It is a process of one thread that imports what it is told and then forks a child for each request,
+in milliseconds instead of the seconds that importing torch takes. Python's own fork server is one
+for the whole program, whose imports somebody else may have chosen; each of its children runs the
+main script anew, which trains a second time where that script has no guard; and its children live
+on when the program is killed.
+
+A request is one byte with two descriptors: the child's socket, and a pipe that gets the child's
+wait status when it has been reaped. The answer is the child's number and a descriptor of it.
+"""
+
+import contextlib
+import ctypes
+import importlib
+import importlib.util
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import warnings
+from types import FrameType
+
+REQUEST = b"f"
+ANSWER = struct.Struct("<i")
+STATUS = struct.Struct("<i")
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Serve until the other end of the control socket is closed.
+
+    The program's arguments are the descriptor of that socket and the modules to import.
+    """
+    descriptor, *preload = sys.argv[1:]
+    # Ctrl-C and a group's SIGTERM are for the program to answer; this ends when the program does.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in preload:
+        if importlib.util.find_spec(name) is not None:
+            importlib.import_module(name)
+    control = socket.socket(fileno=int(descriptor))
+    ended, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.signal(signal.SIGCHLD, _wake_only)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    statuses: dict[int, int] = {}
+    while True:
+        ready, _, _ = select.select([control, ended], [], [])
+        if ended in ready:
+            os.read(ended, 4096)
+            _reap(statuses)
+        if control in ready and not _answer(control, statuses, [ended, wake]):
+            return
+
+
+def _answer(control: socket.socket, statuses: dict[int, int], own: list[int]) -> bool:
+    """Fork one child; False when nobody is there to ask for one."""
+    request, descriptors, _, _ = socket.recv_fds(control, 1, 2)
+    if request != REQUEST or len(descriptors) != 2:
+        return False
+    connection, status = descriptors
+    with warnings.catch_warnings():
+        # Threads of a numerical library exist, and know about forks; Python has one thread here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        _become_child(control, [*own, status, *statuses.values()])
+        _serve_calls(connection)
+        os._exit(0)
+    os.close(connection)
+    statuses[child] = status
+    process = os.pidfd_open(child)
+    with contextlib.suppress(OSError):  # nobody is there any more; the next request shows it
+        socket.send_fds(control, [ANSWER.pack(child)], [process])
+    os.close(process)
+    return True
+
+
+def _become_child(control: socket.socket, descriptors: list[int]) -> None:
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    parent = os.getppid()
+    # A child in an endless loop cannot notice that its program was killed; the kernel does.
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    control.close()
+    for descriptor in descriptors:
+        os.close(descriptor)
+
+
+def _serve_calls(connection: int) -> None:
+    from esper.core.worker.child import serve
+
+    serve(socket.socket(fileno=connection))
+
+
+def _reap(statuses: dict[int, int]) -> None:
+    while statuses:
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child == 0:
+            return
+        pipe = statuses.pop(child, None)
+        if pipe is not None:
+            with contextlib.suppress(OSError):  # the program no longer wants to know
+                os.write(pipe, STATUS.pack(status))
+            os.close(pipe)
+
+
+def _wake_only(number: int, frame: FrameType | None) -> None:
+    """Do nothing: the wakeup descriptor has told already."""
