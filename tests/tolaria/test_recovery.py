@@ -1,5 +1,8 @@
+import os
+import time
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -158,3 +161,34 @@ def test_a_resume_after_a_rollback_does_not_return_to_the_course_taken_back(
     assert second.resume() == back_to
     assert second._parts.run.data.skipped == skipped, "the bad batch must not be met again"
     generator.close()
+
+
+def test_a_checkpoint_is_read_by_a_process_of_its_own(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, snapshots={"enabled": False})
+    recovery(trainer).roll_back(BACK_TO_25)
+    metrics = trainer.metrics_snapshot()
+    assert metrics["tolaria.timeout.rollback.success"] == 1
+    assert metrics["tolaria.timeout.rollback.last_ms"] > 0
+
+
+def test_a_file_system_that_hangs_is_given_up_on_and_memory_serves(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, checkpoints={"restore_deadline_ms": 3000})
+    for path in (tmp_path / "checkpoints").glob("step-*/MANIFEST.json"):
+        # Whoever opens this to read waits for ever.
+        path.unlink()
+        os.mkfifo(path)
+    verdict = msgspec.structs.replace(BACK_TO_25, tier=Tier.DISK)
+    began = time.monotonic()
+    result = recovery(trainer).roll_back(verdict)
+    assert result.tier is Tier.MEMORY
+    assert "tolaria.rollback did not end within 3000 ms" in result.error
+    assert 3 <= time.monotonic() - began < 8
+    assert trainer.metrics_snapshot()["tolaria.timeout.rollback.timeout"] == 1
+
+
+def test_with_a_closed_worker_a_checkpoint_is_read_all_the_same(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, snapshots={"enabled": False})
+    trainer._parts.outside.worker.shutdown()
+    result = recovery(trainer).roll_back(BACK_TO_25)
+    assert (result.tier, result.step) == (Tier.DISK, 20)
+    assert trainer.metrics_snapshot()["tolaria.timeout.rollback.refused"] == 1

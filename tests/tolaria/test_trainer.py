@@ -1,5 +1,8 @@
 import math
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from esper.leyline import (
     StepRecord,
     SystemState,
 )
-from esper.tolaria import TolariaConfig, TolariaTrainer
+from esper.tolaria import CheckpointStore, TolariaConfig, TolariaTrainer
 from support.jobs import config, two_task_data, two_task_job
 from support.sinks import Memory
 
@@ -350,3 +353,22 @@ def test_integer_batches_cannot_be_drilled_and_say_so() -> None:
     )
     with pytest.raises(DataError, match="--no-drill"):
         list(TolariaTrainer.from_job(job, config=config(), drill=True).run())
+
+
+def test_a_program_that_ends_in_the_middle_of_a_run_saves_it_and_ends_well(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from esper.tolaria import TolariaTrainer\n"
+        "from support.jobs import config, two_task_job\n"
+        "trainer = TolariaTrainer.from_job(two_task_job(), config=config(), directory=Path(sys.argv[1]))\n"
+        "steps = trainer.steps()\n"
+        "for _ in range(17): next(steps)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=19,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert CheckpointStore(tmp_path / "checkpoints").list()[0].step == 17

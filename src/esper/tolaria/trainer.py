@@ -1,8 +1,10 @@
 """The trainer: owns one run, starts it, ends it, and says what became of it."""
 
+import atexit
 import platform
 import time
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,19 @@ from esper.tolaria.job import LossFunction, TrainingJob
 from esper.tolaria.loop import steps
 from esper.tolaria.metrics import collect_metrics
 from esper.tolaria.state import TrainState
+
+_under_way: "weakref.WeakSet[Generator[StepRecord, None, None]]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_what_is_under_way() -> None:
+    """Save and end the runs whose owner just stopped asking for steps.
+
+    Left to the interpreter that would happen when half of it, and of torch, is gone.
+    """
+    for training in list(_under_way):
+        if not training.gi_running:
+            training.close()
 
 
 class TolariaTrainer:
@@ -140,6 +155,11 @@ class TolariaTrainer:
 
         :raises DivergenceError: the guard's remedies are exhausted.
         """
+        training = self._train()
+        _under_way.add(training)
+        return training
+
+    def _train(self) -> Generator[StepRecord, None, None]:
         began = time.perf_counter()
         run = self._parts.run
         self._announce()
