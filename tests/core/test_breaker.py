@@ -256,6 +256,12 @@ def test_a_listener_that_raises_does_not_keep_the_probe() -> None:
     assert breaker.state is CLOSED
 
 
+def yielding_clock() -> float:
+    """Let another thread run in the middle of whatever asks for the time."""
+    time.sleep(0)
+    return time.monotonic()
+
+
 class Hammer:
     """Many threads call through one breaker; what they call fails two times in three."""
 
@@ -264,7 +270,12 @@ class Hammer:
         self.probes_out = self.most_probes_out = self.admitted = self.refused = 0
         self.changes: list[Change] = []
         self.breaker = CircuitBreaker(
-            "tamiyo", failures=2, cooldown_s=1e-4, max_cooldown_s=4e-4, on_change=self.note
+            "tamiyo",
+            failures=2,
+            cooldown_s=1e-4,
+            max_cooldown_s=4e-4,
+            clock=yielding_clock,
+            on_change=self.note,
         )
 
     def note(self, breaker: CircuitBreaker, before: BreakerState, after: BreakerState) -> None:

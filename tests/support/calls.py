@@ -72,8 +72,8 @@ def pause_holding_the_gil() -> None:
 
 
 def answer_large_then_stop(size: int) -> bytes:
-    """Stop, by a helper, while the answer is under way: the socket takes a part of it only."""
-    subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -STOP {os.getpid()}"])
+    """Stop, by a helper, when the answer is about to be sent or under way."""
+    subprocess.Popen(["sh", "-c", f"sleep 0.1; kill -STOP {os.getpid()}"])
     return bytes(size)
 
 

@@ -359,7 +359,8 @@ def test_a_program_that_ends_in_the_middle_of_a_run_saves_it_and_ends_well(tmp_p
     program = (
         "import sys; from pathlib import Path; from esper.tolaria import TolariaTrainer\n"
         "from support.jobs import config, two_task_job\n"
-        "trainer = TolariaTrainer.from_job(two_task_job(), config=config(), directory=Path(sys.argv[1]))\n"
+        "job, directory = two_task_job(), Path(sys.argv[1])\n"
+        "trainer = TolariaTrainer.from_job(job, config=config(), directory=directory)\n"
         "steps = trainer.steps()\n"
         "for _ in range(17): next(steps)\n"
     )

@@ -113,6 +113,48 @@ def list_all_runs(runs: RunsOption = None, debug: DebugOption = False) -> None:
     sys.exit(guarded(lambda: show_runs(runs), debug=debug))
 
 
+_EMERGENCY_EPILOG = """[bold]Levels[/]
+
+minor       multiply the learning rate by guard.rate_cut
+
+major       roll back to a checkpoint on disk
+
+severe      roll back to a snapshot in memory
+
+critical    stand still before the next optimizer step, until cleared or lowered
+
+[bold]Examples[/]
+
+esper emergency RUN                            what is the matter at present
+
+esper emergency RUN --level critical --reason "power is failing"
+
+esper emergency RUN --clear                    it is over; training goes on
+"""
+
+
+@app.command(epilog=_EMERGENCY_EPILOG)
+def emergency(
+    run: Annotated[str, typer.Argument(help="Path of a run, or its name.")],
+    level: Annotated[
+        str | None, typer.Option(help="minor, major, severe or critical.", metavar="LEVEL")
+    ] = None,
+    reason: Annotated[str, typer.Option(help="One sentence for whoever reads of it.")] = "",
+    clear: Annotated[bool, typer.Option("--clear", help="End the emergency.")] = False,
+    runs: RunsOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Tell a running job of an emergency, from another terminal, or end one.
+
+    The job acts before its next optimizer step; this waits until it has said so. Without --level
+    and --clear it shows the present level.
+    """
+    from esper.cli.emergency import EmergencyRequest, handle_emergency
+
+    request = EmergencyRequest(run, level, reason, clear, runs)
+    sys.exit(guarded(lambda: handle_emergency(request), debug=debug))
+
+
 @app.command(epilog="[bold]Example[/]: esper doctor --runs /data/runs")
 def doctor(runs: RunsOption = None, debug: DebugOption = False) -> None:
     """Examine this machine: versions, devices, memory and disk; what will work and what won't."""

@@ -153,7 +153,7 @@ class ConservativeConfig(Section):
         200, description="Healthy steps in a row after which conservative mode is left."
     )
     guard_factor: float = Field(
-        0.75, gt=0, le=1, description="The guard's thresholds are multiplied by this meanwhile."
+        0.9, gt=0, le=1, description="The guard's thresholds are multiplied by this meanwhile."
     )
 
 

@@ -7,6 +7,7 @@ from esper.leyline.commands import (
     SeedCommand,
     SeedOperation,
 )
+from esper.leyline.emergency import EmergencyLevel, EmergencySignal
 from esper.leyline.errors import (
     CallCancelled,
     CheckpointError,
@@ -38,6 +39,8 @@ __all__ = [
     "DataError",
     "DeadlineExceeded",
     "DivergenceError",
+    "EmergencyLevel",
+    "EmergencySignal",
     "EsperError",
     "Event",
     "Executor",

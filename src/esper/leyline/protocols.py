@@ -17,7 +17,7 @@ class Policy(Protocol):
 
     def decide(
         self, state: SystemState
-    ) -> AdaptationCommand | None | Awaitable[AdaptationCommand | None]:
+    ) -> AdaptationCommand | Awaitable[AdaptationCommand | None] | None:
         """Answer with a command, or None to leave training as it is. May be a coroutine."""
         ...
 

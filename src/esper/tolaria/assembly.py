@@ -10,6 +10,7 @@ from esper.leyline import Executor, Level, Sink, Stateful
 from esper.nissa import NullHub, TelemetryHub
 from esper.tolaria.aggregation import PCGrad
 from esper.tolaria.boundary import Boundary, Measured
+from esper.tolaria.brake import Brake
 from esper.tolaria.caution import Caution
 from esper.tolaria.companions import Companions, NoCompanions
 from esper.tolaria.conservative import ConservativeMode
@@ -21,6 +22,7 @@ from esper.tolaria.evaluation import Evaluation
 from esper.tolaria.guard import Guard, NullGuard
 from esper.tolaria.job import TrainingJob
 from esper.tolaria.keeper import CheckpointSchedule, Keeper, Schedule, SnapshotSchedule
+from esper.tolaria.listening import open_emergency
 from esper.tolaria.loop import Run
 from esper.tolaria.objective import Objective
 from esper.tolaria.outside import Outside, open_outside
@@ -94,21 +96,23 @@ def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings
     tiers = _tiers(config, surroundings.directory)
     recovery = Recovery(state, tiers, outside.rollback, data, update, guard, log)
     keeper = Keeper(state, update.progress, _schedules(config, tiers, recorder))
-    ending = Ending()
-    place = placer(device)
+    place, ending = placer(device), Ending()
     validation = _validation_plan(job)
     evaluation = Evaluation(job.model, validation, metrics=job.metrics, loss=job.loss, place=place)
-    sources: list[Measured] = [*outside.dependencies, mode]
-    boundary = Boundary(config.telemetry.epoch_boundary_ms, recorder, sources)
+    emergency = open_emergency(job.broadcast, surroundings.directory, outside, config, recorder)
+    sources: list[Measured] = [*outside.dependencies, mode, emergency]
+    boundary = Boundary(config.telemetry.epoch_boundary_ms, recorder, sources, emergency)
+    rescue = Rescue(recovery, keeper, recorder, ending, data, caution, emergency)
     run = Run(
         data=data,
         place=place,
         drill=drill,
         objective=objective,
         guard=guard,
+        brake=Brake(emergency, recovery, caution, ending, recorder, config.guard),
         update=update,
         recorder=recorder,
-        rescue=Rescue(recovery, keeper, recorder, ending, data, caution),
+        rescue=rescue,
         epochs=Epochs(data, evaluation, recorder, companions, log, boundary),
         keeper=keeper,
         ending=ending,
@@ -130,6 +134,7 @@ def _register_state(parts: Assembly, recovery: Recovery) -> None:
         "guard_history": run.guard.history,
         "recovery": parts.log,
         "caution": parts.caution.mode,
+        "emergency": run.brake.controller,
         "trail": recovery.trail,
         "meter": run.recorder.meter,
         "companions": parts.companions,

@@ -211,7 +211,10 @@ class Companions:
             self._change_model(command, self._executor.apply_prepared, command, answer.reply)
 
     def _change_model(
-        self, command: AdaptationCommand, change: Callable[..., FieldReport], *arguments: Any
+        self,
+        command: AdaptationCommand,
+        change: Callable[..., FieldReport],
+        *arguments: Any,  # noqa: ANN401
     ) -> None:
         answer: Answer[FieldReport] = self._kasmina.call_here(change, *arguments)
         self.on_model_change()
@@ -261,7 +264,7 @@ async def _arrival_of(awaitable: Awaitable[Any]) -> Any:  # noqa: ANN401
     return await awaitable
 
 
-def _be_there(policy: Policy) -> None:  # noqa: ARG001
+def _be_there(policy: Policy) -> None:
     """In a process: do nothing; whatever the policy needs has been imported by now."""
 
 

@@ -53,7 +53,6 @@ class ConservativeMode:
         if not self.active:
             self.active = True
             self._entered += 1
-            self._reasons = []
             self._since_step = step
             self._lasted = 0
         if reason in self._reasons:

@@ -59,7 +59,7 @@ class Epochs:
         self._companions.attend(state)
         self._finished.append(state)
         self.last = state
-        self._boundary.close(state.epoch, time.perf_counter() - began)
+        self._boundary.close(state, time.perf_counter() - began)
         self._began = time.perf_counter()
 
     def take_finished(self) -> list[SystemState]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from esper.leyline import StepRecord
+from esper.tolaria.brake import Brake
 from esper.tolaria.data import ResumableLoader
 from esper.tolaria.drill import Drill, NoDrill
 from esper.tolaria.ending import Ending
@@ -31,6 +32,7 @@ class Run:
     drill: Drill | NoDrill
     objective: Objective
     guard: Guard | NullGuard
+    brake: Brake
     update: Update
     recorder: Recorder
     rescue: Rescue
@@ -58,11 +60,13 @@ def steps(run: Run) -> Iterator[StepRecord]:
         gradients = run.objective.backward(losses)
         clock.append(now())
         verdict = run.guard.judge(step, gradients.total, gradients.norm)
+        verdict = run.brake.review(step, verdict)
         clock.append(now())
         run.update.carry_out(verdict, gradients)
         clock.append(now())
         record = run.recorder.record(step, batch, gradients, verdict, clock)
         run.rescue.answer(step, batch, verdict)
+        run.brake.settle()
         run.epochs.close_when_ended()
         run.keeper.keep_when_due(verdict)
         keeping = now() - clock[-1]

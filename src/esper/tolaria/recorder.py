@@ -74,10 +74,6 @@ class Recorder:
         self.outlet.emit(record)
         return record
 
-    def announce(self, name: str, message: str, level: Level, data: dict[str, Any]) -> None:
-        """Emit one event whose values come as a mapping."""
-        self.event(name, message, level, **data)
-
     def event(
         self,
         name: str,
@@ -86,6 +82,10 @@ class Recorder:
         **data: Any,  # noqa: ANN401 - JSON
     ) -> None:
         """Emit one event, stamped with time, step and attempt."""
+        self.announce(name, message, level, data)
+
+    def announce(self, name: str, message: str, level: Level, data: dict[str, Any]) -> None:
+        """Emit one event whose values come as a mapping."""
         self.outlet.emit(
             Event(
                 name=name,

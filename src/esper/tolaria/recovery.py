@@ -139,7 +139,7 @@ class Recovery:
             return RollbackResult(None, -1, latency, error="; ".join(errors))
         for epoch, number in suspects:
             self._data.skip(epoch, number)
-        self._cut_rate(verdict.rate_factor)
+        self.cut_rate(verdict.rate_factor)
         self._guard.note_recovered(step)
         self.log.attempt += 1
         self.log.rollbacks += 1
@@ -147,6 +147,14 @@ class Recovery:
         latency = (time.perf_counter() - began) * 1e3
         restored = self._update.progress.step
         return RollbackResult(tier, restored, latency, tuple(suspects), "; ".join(errors))
+
+    def cut_rate(self, factor: float) -> None:
+        """Multiply the learning rate, for good: a rollback does not take it back."""
+        self.log.rate_cut *= factor
+        progress = self._update.progress
+        if self.log.rate_cut != progress.rate_cut:
+            self._update.scale_learning_rate(self.log.rate_cut / progress.rate_cut)
+            progress.rate_cut = self.log.rate_cut
 
     def _restore(self, verdict: Verdict) -> tuple[Tier | None, list[str]]:
         """Try the tiers in the order that the verdict asks for; return the one that served."""
@@ -209,10 +217,3 @@ class Recovery:
         if answer.reply is None:
             raise CheckpointError(answer.detail)
         return answer.reply
-
-    def _cut_rate(self, factor: float) -> None:
-        self.log.rate_cut *= factor
-        progress = self._update.progress
-        if self.log.rate_cut != progress.rate_cut:
-            self._update.scale_learning_rate(self.log.rate_cut / progress.rate_cut)
-            progress.rate_cut = self.log.rate_cut

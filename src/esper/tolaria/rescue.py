@@ -1,8 +1,9 @@
 """Answering a verdict that is no plain commit: tell, roll back, or end the run."""
 
-from esper.leyline import Action, Level, Verdict
+from esper.leyline import Action, EmergencyLevel, Level, Verdict
 from esper.tolaria.caution import Caution
 from esper.tolaria.data import Batch, ResumableLoader
+from esper.tolaria.emergency import EmergencyController
 from esper.tolaria.ending import Ending, Outcome
 from esper.tolaria.keeper import Keeper
 from esper.tolaria.recorder import Recorder
@@ -18,6 +19,7 @@ class Rescue:
     :param ending: asked to end the run when no remedy is left.
     :param data: tells the samples of a skipped batch.
     :param caution: counts every step, and is told of rollbacks.
+    :param emergency: escalated when no remedy is left.
     """
 
     def __init__(
@@ -28,6 +30,7 @@ class Rescue:
         ending: Ending,
         data: ResumableLoader,
         caution: Caution,
+        emergency: EmergencyController,
     ) -> None:
         self._recovery = recovery
         self._keeper = keeper
@@ -35,6 +38,7 @@ class Rescue:
         self._ending = ending
         self._data = data
         self._caution = caution
+        self._emergency = emergency
 
     def answer(self, step: int, batch: Batch, verdict: Verdict) -> None:
         """Remember the step's batch, and carry out whatever its verdict asks for besides."""
@@ -51,13 +55,13 @@ class Rescue:
         elif verdict.action is Action.ROLLBACK:
             self._roll_back(step, verdict)
         else:
-            self._ending.ask(Outcome.HALTED, verdict.reason)
+            self._halt(verdict.reason)
 
     def _roll_back(self, step: int, verdict: Verdict) -> None:
         result = self._recovery.roll_back(verdict)
         if result.tier is None:
             reason = f"{verdict.reason}; no state to roll back to: {result.error}"
-            self._ending.ask(Outcome.HALTED, reason)
+            self._halt(reason)
             return
         self._recorder.event(
             "rollback",
@@ -77,6 +81,10 @@ class Rescue:
         )
         self._caution.enter("rollback")
         self._keeper.keep_restored()
+
+    def _halt(self, reason: str) -> None:
+        self._ending.ask(Outcome.HALTED, reason)
+        self._emergency.escalate(EmergencyLevel.CRITICAL, f"training is halted: {reason}")
 
 
 def _story(step: int, verdict: Verdict, result: RollbackResult) -> str:

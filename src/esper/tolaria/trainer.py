@@ -1,6 +1,7 @@
 """The trainer: owns one run, starts it, ends it, and says what became of it."""
 
 import atexit
+import inspect
 import platform
 import time
 import weakref
@@ -27,12 +28,15 @@ from esper.leyline import (
     SystemState,
 )
 from esper.tolaria.assembly import Assembly, Surroundings, assemble
+from esper.tolaria.emergency import EmergencyController
 from esper.tolaria.ending import Outcome
 from esper.tolaria.job import LossFunction, TrainingJob
 from esper.tolaria.loop import steps
 from esper.tolaria.metrics import collect_metrics
 from esper.tolaria.state import TrainState
 
+# At the end of a run, for emergencies that nobody has been told of yet.
+_TELLING_S = 2.0
 _under_way: "weakref.WeakSet[Generator[StepRecord, None, None]]" = weakref.WeakSet()
 
 
@@ -43,7 +47,7 @@ def _close_what_is_under_way() -> None:
     Left to the interpreter that would happen when half of it, and of torch, is gone.
     """
     for training in list(_under_way):
-        if not training.gi_running:
+        if inspect.getgeneratorstate(training) != inspect.GEN_RUNNING:
             training.close()
 
 
@@ -58,7 +62,6 @@ class TolariaTrainer:
     :param tamiyo: policy that is asked how training should adapt.
     :param kasmina: executor of commands that change the model.
     :param config: everything else.
-    :param worker: carries out calls to the outside; the process's own by default.
     """
 
     def __init__(
@@ -71,10 +74,9 @@ class TolariaTrainer:
         tamiyo: Policy | None = None,
         kasmina: Executor | None = None,
         config: TolariaConfig | None = None,
-        worker: AsyncWorker | None = None,
     ) -> None:
         job = TrainingJob(model=model, optimizer=optimizer, data=data, loss=loss_fn, policy=tamiyo)
-        self._set_up(job, config or TolariaConfig(), Surroundings(executor=kasmina, worker=worker))
+        self._set_up(job, config or TolariaConfig(), Surroundings(executor=kasmina))
 
     @classmethod
     def from_job(
@@ -111,6 +113,11 @@ class TolariaTrainer:
     def state(self) -> TrainState:
         """The training state, for saving it elsewhere."""
         return self._parts.state
+
+    @property
+    def emergency(self) -> EmergencyController:
+        """The emergency level of this run, to be raised and lowered from any thread."""
+        return self._parts.run.brake.controller
 
     @property
     def outcome(self) -> str:
@@ -186,6 +193,7 @@ class TolariaTrainer:
         if ending.outcome is not Outcome.FAILED:
             parts.run.keeper.keep_last(healthy=ending.outcome is not Outcome.HALTED)
         parts.companions.close()
+        self.emergency.close(_TELLING_S)
         if parts.tiers.disk is not None:
             parts.tiers.disk.close()
         last = parts.run.epochs.last

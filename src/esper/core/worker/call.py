@@ -4,7 +4,9 @@ import asyncio
 import contextvars
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from enum import StrEnum
 from typing import Any, Generic, TypeVar
 
@@ -40,9 +42,9 @@ class Call:
 
     :param name: under which it is counted.
     :param isolation: where the function runs.
-    :param deadline: seconds on ``time.monotonic``.
+    :param timeout_s: seconds from now until the deadline.
     :param grace_s: seconds past the deadline for the function to end, before it is abandoned.
-    :param parent: the call from inside which this one was submitted.
+    :param parent: the call from inside which this one was submitted; the deadline is not later.
     """
 
     __slots__ = (
@@ -51,39 +53,36 @@ class Call:
         "_lock",
         "_on_cancel",
         "cancel_asked",
-        "children",
         "deadline",
         "ended",
-        "error",
         "give_up_at",
+        "handle",
         "isolation",
         "name",
         "outcome",
         "parent",
         "settled_at",
         "submitted",
-        "value",
     )
 
     def __init__(
         self,
         name: str,
         isolation: Isolation,
-        deadline: float,
+        timeout_s: float,
         grace_s: float,
         parent: "Call | None",
     ) -> None:
         self.name = name
         self.isolation = isolation
-        self.deadline = deadline
-        self.give_up_at = deadline + grace_s
-        self.parent = parent
-        self.children = 0
         self.submitted = time.monotonic()
+        self.deadline: float = self.submitted + timeout_s
+        if parent is not None:
+            self.deadline = min(self.deadline, parent.deadline)
+        self.give_up_at = self.deadline + grace_s
+        self.parent = parent
         self.settled_at = 0.0
         self.outcome: Outcome | None = None
-        self.value: Any = None
-        self.error: BaseException | None = None
         self.ended = False
         self.cancel_asked = False
         self._lock = threading.Lock()
@@ -91,6 +90,9 @@ class Call:
         self._gate = threading.Lock()
         self._gate.acquire()
         self._on_cancel: Callable[[], None] | None = None
+        # The result is kept by who may ask for it, and by nobody else: a cancelled timer keeps its
+        # context, and thereby the call, for as long as it would have run.
+        self.handle: Callable[[], WorkerHandle[Any] | None] = _no_handle
         self._callbacks: list[Callable[[], None]] = []
 
     @property
@@ -111,21 +113,26 @@ class Call:
     def settle(
         self, outcome: Outcome, value: object = None, error: BaseException | None = None
     ) -> bool:
-        """Fix the outcome and wake whoever waits; False when it has been fixed before."""
+        """Fix the outcome, to be announced then; False when it has been fixed before."""
         with self._lock:
             if self.outcome is not None:
                 return False
-            if outcome is Outcome.OK:
-                self.value = value
-            self.error = error
+            handle = self.handle()
+            if handle is not None:
+                handle.keep(value if outcome is Outcome.OK else None, error)
             self.settled_at = time.monotonic()
             self.outcome = outcome
-            self._on_cancel = None
+            if outcome is not Outcome.ABANDONED:
+                self._on_cancel = None
+        return True
+
+    def announce(self) -> None:
+        """Wake whoever waits; for the one who settled it, once."""
+        with self._lock:
             callbacks, self._callbacks = self._callbacks, []
         self._gate.release()
         for callback in callbacks:
             callback()
-        return True
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until it is settled; False when it is not after ``timeout_s`` seconds."""
@@ -151,6 +158,12 @@ class Call:
                 self._on_cancel = stop
                 return
         stop()
+
+    def off_cancel(self) -> bool:
+        """Take back how the function is stopped; False when that has been asked for already."""
+        with self._lock:
+            self._on_cancel = None
+            return not self.cancel_asked
 
     def when_settled(self, callback: Callable[[], None]) -> None:
         """Call back when the outcome is fixed, at once if it is."""
@@ -182,7 +195,7 @@ def check_cancelled() -> None:
 class WorkerHandle(Generic[Reply]):
     """One submission, as its submitter sees it. It can be polled, waited for, or awaited."""
 
-    __slots__ = ("_abandon", "_call", "_would_block")
+    __slots__ = ("__weakref__", "_abandon", "_call", "_error", "_value", "_would_block")
 
     def __init__(
         self, call: Call, abandon: Callable[[Call], None], would_block: Callable[[], bool]
@@ -190,6 +203,9 @@ class WorkerHandle(Generic[Reply]):
         self._call = call
         self._abandon = abandon
         self._would_block = would_block
+        self._value: Any = None
+        self._error: BaseException | None = None
+        call.handle = weakref.ref(self)
 
     def __repr__(self) -> str:
         state = self._call.outcome or "running"
@@ -215,6 +231,10 @@ class WorkerHandle(Generic[Reply]):
         """Seconds from submission to outcome; None while it is under way."""
         return self._call.settled_at - self._call.submitted if self.done() else None
 
+    def keep(self, value: object, error: BaseException | None) -> None:
+        """Take what the function returned or raised; for the call to give."""
+        self._value, self._error = value, error
+
     def done(self) -> bool:
         """Whether the outcome is fixed; it is once deadline and grace have passed."""
         call = self._call
@@ -232,7 +252,7 @@ class WorkerHandle(Generic[Reply]):
         :raises DeadlineExceeded: it did not end in time.
         :raises CallCancelled: it was cancelled.
         :raises RuntimeError: waiting here would block the worker's own event loop; await the handle
-            instead.
+            instead. Or the function raised what ends a program, such as ``SystemExit``.
         :raises Exception: whatever the function raised.
         """
         call = self._call
@@ -259,7 +279,8 @@ class WorkerHandle(Generic[Reply]):
         arrived = loop.create_future()
 
         def wake() -> None:
-            loop.call_soon_threadsafe(_resolve, arrived)
+            with suppress(RuntimeError):  # the loop is closed: nobody waits there any more
+                loop.call_soon_threadsafe(_resolve, arrived)
 
         self._call.when_settled(wake)
         try:
@@ -272,17 +293,25 @@ class WorkerHandle(Generic[Reply]):
     def _reply(self) -> Reply:
         call = self._call
         if call.outcome is Outcome.OK:
-            reply: Reply = call.value
+            reply: Reply = self._value
             return reply
-        if call.outcome is Outcome.ERROR and call.error is not None:
-            raise call.error
+        error = self._error
+        if call.outcome is Outcome.ERROR and error is not None:
+            if isinstance(error, Exception):
+                raise error
+            # Whoever guards against what a call may raise catches no SystemExit.
+            raise RuntimeError(f"{call.name} raised {error!r}") from error
         allowed = (call.deadline - call.submitted) * 1e3
         if call.outcome is Outcome.CANCELLED:
             raise CallCancelled(f"{call.name} was cancelled")
         still = " and still runs" if not call.ended else ""
         raise DeadlineExceeded(
             f"{call.name} did not end within {allowed:.4g} ms{still}; its answer is dropped"
-        ) from call.error
+        ) from error
+
+
+def _no_handle() -> None:
+    """Nobody asks for the result."""
 
 
 def _resolve(future: "asyncio.Future[None]") -> None:

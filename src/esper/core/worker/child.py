@@ -6,16 +6,16 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from esper.core.worker.call import Call, Isolation, current_call
 from esper.core.worker.transport import Message, Packet, encode, receive
 
-# The first object that a child receives.
-Place = tuple[list[str], str]
-# Each one after that.
+# What a child receives: first a search path and a directory, then one of these after another.
 Task = tuple[str, float, Callable[..., Any], tuple[Any, ...]]
 
 
@@ -27,43 +27,58 @@ def serve(connection: socket.socket) -> None:
     """Carry out one call after another, until the other end is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        search_path, directory = receive(connection)
+        search_path, directory = receive(connection).decode()
         sys.path[:] = search_path
-        os.chdir(directory)
+        with suppress(OSError):  # it may have been removed
+            os.chdir(directory)
         while True:
-            Packet(_answer(_run(receive(connection)))).send(connection)
+            _answer(*_run(receive(connection))).send(connection)
     except (EOFError, ConnectionError):
         return
 
 
-def _run(task: "Task | BaseException") -> tuple[Any, BaseException | None]:
-    if isinstance(task, BaseException):
-        return None, task
-    name, deadline, function, arguments = task
-    # The monotonic clock is the machine's: the deadline means the same in every process.
-    token = current_call.set(Call(name, Isolation.PROCESS, deadline, 0.0, None))
+def _run(message: Message) -> tuple[Any, BaseException | None]:
+    token = None
     try:
+        task: Task = message.decode()
+        name, deadline, function, arguments = task
+        # The monotonic clock is the machine's: the deadline means the same in every process.
+        call = Call(name, Isolation.PROCESS, deadline - time.monotonic(), 0.0, None)
+        token = current_call.set(call)
         value = function(*arguments)
         if inspect.iscoroutine(value):
             value = asyncio.run(value)
     except BaseException as error:  # noqa: BLE001 - sent to whoever asked for the call
         return None, error
     finally:
-        current_call.reset(token)
+        if token is not None:
+            current_call.reset(token)
+        _flush()
     return value, None
 
 
-def _answer(ended: tuple[Any, BaseException | None]) -> Message:
-    value, error = ended
+def _answer(value: object, error: BaseException | None) -> Packet:
     if error is None:
         try:
-            return encode((value, None))
+            return Packet(encode((value, None)))
         except TypeError as problem:
-            return encode((None, TypeError(f"the result {problem}")))
+            error = TypeError(f"the result {problem}")
+        except (OSError, MemoryError) as problem:
+            error = problem
     text = "".join(traceback.format_exception(error))
-    error.add_note(f"in the child process:\n{text}")
     try:
+        error.add_note(f"in the child process:\n{text}")
         message = encode((None, error.with_traceback(None)))
-    except TypeError:
-        return encode((None, RemoteError(text)))
-    return message
+        # Many an exception can be taken apart but not put together again.
+        message.decode()
+    except Exception:  # noqa: BLE001 - its class may do anything
+        message = encode((None, RemoteError(text)))
+    return Packet(message)
+
+
+def _flush() -> None:
+    """Write out what was printed: a child that is killed does not come to it."""
+    for stream in (sys.stdout, sys.stderr):
+        # The function may have closed or replaced it.
+        with suppress(AttributeError, OSError, ValueError):
+            stream.flush()

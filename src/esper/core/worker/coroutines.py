@@ -1,15 +1,20 @@
 """The event loop that all coroutines run on, on a thread of its own."""
 
 import asyncio
+import inspect
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import anyio
 
 from esper.core.worker.call import Call, current_call
+from esper.core.worker.threads import DaemonExecutor
 
 _BREATH_S = 0.002
 
@@ -25,13 +30,16 @@ class EventLoop:
     ``anyio.CancelScope(shield=True)``.
 
     :param end: told when a coroutine has ended.
+    :param executor: carries out what asyncio hands to threads, such as looking up a name.
     """
 
-    def __init__(self, end: End) -> None:
+    def __init__(self, end: End, executor: DaemonExecutor) -> None:
         self._end = end
+        self._executor = executor
         self._lock = threading.Lock()
         self._tasks: dict[Call, asyncio.Task[None]] = {}
         self._throttled = False
+        self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -44,33 +52,48 @@ class EventLoop:
         """Whether the calling thread is the loop's own."""
         return self._thread is threading.current_thread()
 
-    def start(self, call: Call, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-        """Run ``function(*arguments)``, which returns an awaitable."""
-        self.post(self._begin, call, function, arguments)
+    def start(self, call: Call, function: Callable[..., Any], arguments: tuple[Any, ...]) -> bool:
+        """Run ``function(*arguments)``, which returns an awaitable; False when it is closed."""
+        return self.post(self._begin, call, function, arguments)
 
-    def post(self, callback: Callable[..., None], *arguments: Any) -> None:  # noqa: ANN401
-        """Have the loop call something."""
-        (self._loop or self._open()).call_soon_threadsafe(callback, *arguments)
+    def post(self, callback: Callable[..., None], *arguments: Any) -> bool:  # noqa: ANN401
+        """Have the loop call something; False when it is closed."""
+        loop = self._loop or self._open()
+        if loop is None:
+            return False
+        try:
+            loop.call_soon_threadsafe(callback, *arguments)
+        except RuntimeError:
+            return False
+        return True
 
     def running(self) -> str:
         """Return the name of the call that has the loop at this moment; empty if none does."""
         task = None if self._loop is None else asyncio.current_task(self._loop)
         return "" if task is None else task.get_name()
 
-    def stack_of(self, call: Call) -> list[Any]:
-        """Return the frames at which a coroutine is suspended, outermost first."""
-        task = self._tasks.get(call)
-        if task is None:
-            return []
-        frames: list[Any] = []
+    def stack(self) -> str:
+        """Return where the loop's thread is."""
+        thread = self._thread
+        frame = None if thread is None else sys._current_frames().get(thread.ident or 0)
+        return "" if frame is None else "".join(traceback.format_stack(frame))
+
+    def stack_of(self, call: Call) -> str:
+        """Return where a coroutine is, suspended or not."""
+        task, loop = self._tasks.get(call), self._loop
+        if task is None or loop is None:
+            return ""
+        if asyncio.current_task(loop) is task:
+            return self.stack()
+        lines: list[str] = []
         awaited: Any = task.get_coro()
         while awaited is not None:
             frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)
             if frame is None:
                 break
-            frames.append(frame)
+            lines += traceback.format_stack(frame, limit=1)
             awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
-        return frames
+        return "".join(lines)
 
     def throttle(self) -> None:
         """Slow the loop down for as long as a coroutine outlives its deadline.
@@ -88,25 +111,46 @@ class EventLoop:
         :returns: False when something blocks it; it then stops as soon as it can.
         """
         with self._lock:
+            self._closed = True
             loop, thread = self._loop, self._thread
         if loop is None or thread is None:
             return True
-        if thread.is_alive():
-            loop.call_soon_threadsafe(loop.stop)
+        self.post(loop.stop)
         thread.join(timeout_s)
         return not thread.is_alive()
 
-    def _open(self) -> asyncio.AbstractEventLoop:
+    def _open(self) -> asyncio.AbstractEventLoop | None:
         with self._lock:
-            if self._loop is None:
+            if self._loop is None and not self._closed:
                 loop = asyncio.new_event_loop()
                 loop.set_exception_handler(_report)
+                loop.set_default_executor(self._executor)
                 self._thread = threading.Thread(
-                    target=_serve, args=(loop,), name="esper-loop", daemon=True
+                    target=self._serve, args=(loop,), name="esper-loop", daemon=True
                 )
                 self._thread.start()
                 self._loop = loop
             return self._loop
+
+    def _serve(self, loop: asyncio.AbstractEventLoop) -> None:
+        asyncio.set_event_loop(loop)
+        try:
+            while not self._closed:
+                # A task that a call has made may raise what asyncio lets through.
+                with suppress(SystemExit, KeyboardInterrupt):
+                    loop.run_forever()
+        finally:
+            self._drop_unstarted()
+            # Async generators belong to calls, which have ended or are lost.
+            loop.close()
+
+    def _drop_unstarted(self) -> None:
+        for call, task in list(self._tasks.items()):
+            work: Any = task.get_coro()
+            if inspect.getcoroutinestate(work) == inspect.CORO_CREATED:
+                work.close()
+                del self._tasks[call]
+                self._end(call, None, asyncio.CancelledError())
 
     def _begin(self, call: Call, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
         work = self._run(call, function, arguments)
@@ -131,7 +175,6 @@ class EventLoop:
         del call, value, error
 
     def _cancel(self, scope: anyio.CancelScope) -> None:
-        # A call may be cancelled when the loop has been stopped; then nothing runs any more.
         if self.here():
             scope.cancel()
         else:
@@ -144,15 +187,6 @@ class EventLoop:
             return
         time.sleep(_BREATH_S)
         asyncio.get_running_loop().call_soon(self._breathe)
-
-
-def _serve(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_forever()
-    finally:
-        # Async generators and default executors belong to calls, which have ended or are lost.
-        loop.close()
 
 
 def _report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

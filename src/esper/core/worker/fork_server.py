@@ -12,6 +12,7 @@ wait status when it has been reaped. The answer is the child's number and a desc
 
 import contextlib
 import ctypes
+import errno
 import importlib
 import importlib.util
 import os
@@ -30,9 +31,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Serve until the other end of the control socket is closed.
+    """Serve until the other end of the control socket is closed, or the program has ended.
 
-    The program's arguments are the descriptor of that socket and the modules to import.
+    The arguments are the descriptor of that socket and the modules to import.
     """
     descriptor, *preload = sys.argv[1:]
     # Ctrl-C and a group's SIGTERM are for the program to answer; this ends when the program does.
@@ -42,18 +43,28 @@ def main() -> None:
         if importlib.util.find_spec(name) is not None:
             importlib.import_module(name)
     control = socket.socket(fileno=int(descriptor))
+    # A process that the program has forked holds the other end of the socket, too.
+    program = os.pidfd_open(os.getppid())
     ended, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.signal(signal.SIGCHLD, _wake_only)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     statuses: dict[int, int] = {}
+    # Unlike select, it takes descriptors of any number, and the program may have many open.
+    poll = select.poll()
+    for each in (control.fileno(), ended, program):
+        poll.register(each, select.POLLIN)
     while True:
-        ready, _, _ = select.select([control, ended], [], [])
+        ready = {descriptor for descriptor, _ in poll.poll()}
         if ended in ready:
             os.read(ended, 4096)
             _reap(statuses)
-        if control in ready and not _answer(control, statuses, [ended, wake]):
-            return
+        if program in ready:
+            break
+        if control.fileno() in ready and not _answer(control, statuses, [ended, wake, program]):
+            break
+    for child in statuses:
+        _kill_group(child)
 
 
 def _answer(control: socket.socket, statuses: dict[int, int], own: list[int]) -> bool:
@@ -62,14 +73,21 @@ def _answer(control: socket.socket, statuses: dict[int, int], own: list[int]) ->
     if request != REQUEST or len(descriptors) != 2:
         return False
     connection, status = descriptors
-    with warnings.catch_warnings():
-        # Threads of a numerical library exist, and know about forks; Python has one thread here.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
+    server = os.getpid()
+    try:
+        child = _fork()
+    except OSError as error:
+        # Too many processes, or no memory: the calls that run in others go on.
+        os.close(connection)
+        os.close(status)
+        control.send(ANSWER.pack(-(error.errno or errno.EAGAIN)))
+        return True
     if child == 0:
-        _become_child(control, [*own, status, *statuses.values()])
-        _serve_calls(connection)
-        os._exit(0)
+        try:
+            _become_child(server, control, [*own, status, *statuses.values()])
+            _serve_calls(connection)
+        finally:
+            os._exit(0)
     os.close(connection)
     statuses[child] = status
     process = os.pidfd_open(child)
@@ -79,15 +97,23 @@ def _answer(control: socket.socket, statuses: dict[int, int], own: list[int]) ->
     return True
 
 
-def _become_child(control: socket.socket, descriptors: list[int]) -> None:
+def _fork() -> int:
+    with warnings.catch_warnings():
+        # Threads of a numerical library exist, and know about forks; Python has one thread here.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return os.fork()
+
+
+def _become_child(server: int, control: socket.socket, descriptors: list[int]) -> None:
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    parent = os.getppid()
     # A child in an endless loop cannot notice that its program was killed; the kernel does.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
+    if os.getppid() != server:
         os._exit(1)
+    # What it starts is in its group, and is killed with it.
+    os.setpgid(0, 0)
     control.close()
     for descriptor in descriptors:
         os.close(descriptor)
@@ -101,14 +127,22 @@ def _serve_calls(connection: int) -> None:
 
 def _reap(statuses: dict[int, int]) -> None:
     while statuses:
-        child, status = os.waitpid(-1, os.WNOHANG)
-        if child == 0:
+        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if ended is None:
             return
+        # Before it is reaped: until then its number means no other group.
+        _kill_group(ended.si_pid)
+        child, status = os.waitpid(ended.si_pid, 0)
         pipe = statuses.pop(child, None)
         if pipe is not None:
             with contextlib.suppress(OSError):  # the program no longer wants to know
                 os.write(pipe, STATUS.pack(status))
             os.close(pipe)
+
+
+def _kill_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def _wake_only(number: int, frame: FrameType | None) -> None:

@@ -1,6 +1,8 @@
 """Child processes that can be killed, whatever the code in them does."""
 
 import asyncio
+import errno
+import math
 import os
 import select
 import signal
@@ -11,18 +13,19 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from esper.core.worker import fork_server
 from esper.core.worker.call import Call, Isolation
+from esper.core.worker.child import RemoteError
 from esper.core.worker.threads import Job
-from esper.core.worker.transport import Packet, encode, receive
+from esper.core.worker.transport import Message, Packet, encode, receive
 from esper.leyline import ChildDied
 
 _REAPING_S = 5.0
 _WARM_UP_S = 60.0
 _BITE_S = 0.02
-_SHORTEST_S = 1e-4
 
 
 class Child:
@@ -42,17 +45,18 @@ class Child:
         self._lock = threading.Lock()
         self._gone = False
 
-    def ask(self, packet: Packet, deadline: float) -> Any:  # noqa: ANN401
+    def waits(self) -> bool:
+        """Whether it waits for a call; one that has ended, or talks unasked, does not."""
+        return not _readable(self._connection.fileno(), 0.0)
+
+    def ask(self, packet: Packet, deadline: float = math.inf) -> Message:
         """Send a packet and return the answer.
 
         :raises TimeoutError: there is none by the deadline.
         :raises EOFError, ConnectionError: the child has ended.
         """
-        connection = self._connection
-        connection.settimeout(max(_SHORTEST_S, deadline - time.monotonic()))
-        packet.send(connection)
-        connection.settimeout(max(_SHORTEST_S, deadline - time.monotonic()))
-        return receive(connection)
+        packet.send(self._connection, deadline)
+        return receive(self._connection, deadline)
 
     def kill(self) -> None:
         """End it at once; it cannot refuse."""
@@ -67,8 +71,8 @@ class Child:
         :returns: how it ended.
         """
         self.kill()
-        ready, _, _ = select.select([self._status], [], [], _REAPING_S)
-        data = os.read(self._status, fork_server.STATUS.size) if ready else b""
+        ended = _readable(self._status, _REAPING_S)
+        data = os.read(self._status, fork_server.STATUS.size) if ended else b""
         with self._lock:
             self._gone = True
             self._connection.close()
@@ -99,7 +103,7 @@ class ForkServer:
         :raises asyncio.CancelledError: the call was cancelled meanwhile.
         :raises ChildDied: the server cannot be started.
         """
-        _wait_in_bites(call, lambda bite: self._lock.acquire(timeout=bite))
+        self._wait(call, lambda bite: self._lock.acquire(timeout=bite))
         try:
             try:
                 return self._ask(call)
@@ -123,24 +127,39 @@ class ForkServer:
         with self._lock:
             self._stop()
 
+    def _wait(self, call: Call, attempt: Callable[[float], bool]) -> None:
+        """Repeat an attempt that blocks for at most so many seconds, until the call is to stop."""
+        while not attempt(max(0.0, min(_BITE_S, call.deadline - time.monotonic()))):
+            if self._closed:
+                raise ChildDied("the worker is closed")
+            if call.cancel_asked:
+                raise asyncio.CancelledError(f"{call.name} was cancelled")
+            if time.monotonic() >= call.deadline:
+                raise TimeoutError
+
     def _ask(self, call: Call) -> Child:
         if self._closed:
             raise ChildDied("the worker is closed")
         control = self._control or self._start()
         if self._expected is None:
             self._expected = self._request(control)
-
-        def arrived(bite: float) -> bool:
-            return bool(select.select([control], [], [], bite)[0])
-
-        _wait_in_bites(call, arrived)
+        self._wait(call, lambda bite: _readable(control.fileno(), bite))
         answer, descriptors, _, _ = socket.recv_fds(control, fork_server.ANSWER.size, 1)
-        if not descriptors:
+        if not answer:
             raise ConnectionError("the server has ended")
-        (number,) = fork_server.ANSWER.unpack(answer)
         (connection, status), self._expected = self._expected, None
+        (number,) = fork_server.ANSWER.unpack(answer)
+        if number < 0 or not descriptors:
+            connection.close()
+            os.close(status)
+            # None comes along where the program can open no more files.
+            problem = -number if number < 0 else errno.EMFILE
+            raise OSError(problem, os.strerror(problem))
         child = Child(connection, number, descriptors[0], status)
-        Packet(encode((sys.path, os.getcwd()))).send(connection)
+        try:
+            Packet(encode((sys.path, _directory()))).send(connection)
+        except OSError:
+            raise ChildDied(f"a new process {child.bury()}") from None
         return child
 
     def _request(self, control: socket.socket) -> tuple[socket.socket, int]:
@@ -159,12 +178,14 @@ class ForkServer:
 
     def _start(self) -> socket.socket:
         control, theirs = socket.socketpair()
-        # Not with -m: the package imports this module, and it would then exist twice.
-        code = f"from {fork_server.__name__} import main; main()"
+        # Not with -m: the package imports this module, and it would then exist twice. The search
+        # path comes first: the program may have found the package along one of its own.
+        path = f"import sys; sys.path[:] = {[str(place) for place in sys.path]!r}"
+        code = f"{path}; from {fork_server.__name__} import main; main()"
         command = [sys.executable, "-c", code, str(theirs.fileno()), *self._preload]
         with theirs:
             self._server = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, process_group=0
             )
         self._control = control
         return control
@@ -212,28 +233,36 @@ class ProcessLane:
         :raises ChildDied: the child ended before it answered.
         :raises Exception: whatever the function raised.
         """
-        try:
-            child = self._idle_child() or self._new_child(call)
-        except BaseException:
-            packet.discard()
-            raise
+        child = self._idle_child() or self._new_child(call)
         call.on_cancel(child.kill)
         try:
-            value, error = child.ask(packet, call.deadline)
-        except BaseException as problem:
+            answer = child.ask(packet, call.deadline)
+        except BaseException as problem:  # noqa: BLE001 - whatever it is, the child is lost
             raise self._lose(child, call, problem) from None
-        if call.cancel_asked:
+        if call.off_cancel():
+            self._give_back(child)
+        else:
             # The order to kill it may be on its way.
             self._lose(child, call, EOFError())
-        else:
-            self._give_back(child)
-        if error is not None:
+        try:
+            value, error = answer.decode()
+        except Exception as problem:
+            raise RemoteError(f"the answer of {call.name} cannot be read: {problem!r}") from problem
+        if error is None:
+            return value
+        try:
             raise error
-        return value
+        finally:
+            # It knows this frame: without the name there is no cycle to be collected.
+            del error
 
     def warm_up(self) -> None:
         """Start the server and one child in the background."""
         self._replace()
+
+    def stop_replacing(self) -> None:
+        """Keep no more children than are busy."""
+        self._closed = True
 
     def close(self) -> None:
         """Kill every idle child and the server, and with it the children that are busy."""
@@ -247,8 +276,15 @@ class ProcessLane:
         self._server.close()
 
     def _idle_child(self) -> Child | None:
-        with self._lock:
-            return self._idle.pop() if self._idle else None
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                child = self._idle.pop()
+            if child.waits():
+                return child
+            # Somebody else has killed it.
+            self._bury(child)
 
     def _new_child(self, call: Call) -> Child:
         child = self._server.fork(call)
@@ -286,10 +322,14 @@ class ProcessLane:
             if self._idle or self._replacing:
                 return
             self._replacing = True
-        self._run_beside(self._add_idle)
+        try:
+            self._run_beside(self._add_idle)
+        except RuntimeError:
+            # There are no more threads to be had; whoever needs a child next starts one.
+            self._replacing = False
 
     def _add_idle(self) -> None:
-        call = Call("warm-up", Isolation.PROCESS, time.monotonic() + _WARM_UP_S, 0.0, None)
+        call = Call("warm-up", Isolation.PROCESS, _WARM_UP_S, 0.0, None)
         try:
             child = self._new_child(call)
         except (TimeoutError, ChildDied):
@@ -300,13 +340,19 @@ class ProcessLane:
         self._give_back(child)
 
 
-def _wait_in_bites(call: Call, attempt: Callable[[float], bool]) -> None:
-    """Repeat an attempt that blocks for at most so many seconds, until the call is to stop."""
-    while not attempt(max(0.0, min(_BITE_S, call.deadline - time.monotonic()))):
-        if call.cancel_asked:
-            raise asyncio.CancelledError(f"{call.name} was cancelled")
-        if time.monotonic() >= call.deadline:
-            raise TimeoutError
+def _readable(descriptor: int, timeout_s: float) -> bool:
+    """Wait until there is something to read, or the other end is gone; False when there is not."""
+    # Unlike select, it takes descriptors of any number.
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(math.ceil(timeout_s * 1e3)))
+
+
+def _directory() -> str:
+    try:
+        return str(Path.cwd())
+    except FileNotFoundError:
+        return ""
 
 
 def _describe(status: bytes) -> str:
@@ -314,7 +360,9 @@ def _describe(status: bytes) -> str:
         return "ended"
     (code,) = fork_server.STATUS.unpack(status)
     if os.WIFSIGNALED(code):
-        number = signal.Signals(os.WTERMSIG(code))
+        number = os.WTERMSIG(code)
+        known = number in set(signal.Signals)
+        name = signal.Signals(number).name if known else f"signal {number}"
         hint = " (the system kills so when memory runs out)" if number == signal.SIGKILL else ""
-        return f"was ended by {number.name}{hint}"
+        return f"was ended by {name}{hint}"
     return f"exited with status {os.waitstatus_to_exitcode(code)}"

@@ -1,6 +1,8 @@
 """The worker that a process has when nobody gives it another."""
 
 import atexit
+import os
+import sys
 import threading
 
 from esper.core.config import WorkerConfig
@@ -30,7 +32,7 @@ def shared_worker(config: WorkerConfig | None = None) -> AsyncWorker:
     :param config: its settings; the defaults when absent and it has to be made.
     :raises ConfigError: it was made with other settings.
     """
-    global _shared  # noqa: PLW0603 - one for each process is the point
+    global _shared
     with _lock:
         if _shared is None or _shared[1].closed:
             wanted = config or WorkerConfig()
@@ -43,3 +45,13 @@ def shared_worker(config: WorkerConfig | None = None) -> AsyncWorker:
                 "down first, or hand in a worker of your own"
             )
         return worker
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()
+
+
+if sys.platform != "win32":
+    # In a forked process the thread that held it does not exist.
+    os.register_at_fork(after_in_child=_renew_lock)

@@ -2,7 +2,9 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
+from typing import Any
 
 _IDLE_S = 5.0
 
@@ -58,6 +60,40 @@ class DaemonThreads:
                 self._idle.remove(thread)
                 return True
             return False
+
+
+class DaemonExecutor(ThreadPoolExecutor):
+    """Runs what asyncio gives to its default executor; the type is the one that asyncio demands.
+
+    :param threads: that run it.
+    """
+
+    def __init__(self, threads: DaemonThreads) -> None:
+        super().__init__(1)
+        self._daemons = threads
+
+    def submit(
+        self,
+        function: Callable[..., Any],
+        /,
+        *arguments: Any,
+        **options: Any,  # noqa: ANN401
+    ) -> Future[Any]:
+        """Start ``function(*arguments, **options)``."""
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                value = function(*arguments, **options)
+            except BaseException as error:  # noqa: BLE001 - handed to whoever asks for the result
+                future.set_exception(error)
+            else:
+                future.set_result(value)
+
+        self._daemons.run(run)
+        return future
 
 
 class _Thread(threading.Thread):

@@ -8,12 +8,14 @@ outlives them; what is kept or comes from elsewhere never goes this way.
 
 import importlib
 import io
+import math
 import mmap
 import os
-import pickle  # noqa: S403, TID251
+import pickle  # noqa: TID251
 import socket
 import struct
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FunctionType
@@ -22,6 +24,8 @@ from typing import Any
 _HEADER = struct.Struct("<QIQ")  # bytes inline, buffers, bytes in the memory file
 _SPAN = struct.Struct("<QQ")  # offset, bytes
 _ALIGNMENT = 64
+# Python keeps a descriptor for each map: many small results that are kept must not use them up.
+_COPIED = 2**20
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,13 @@ class Message:
 
     inline: bytes
     buffers: Sequence[memoryview]
+
+    def decode(self) -> Any:  # noqa: ANN401
+        """Return the object; its arrays and tensors lie in the buffers.
+
+        :raises Exception: whatever a class raises when it is put together.
+        """
+        return pickle.loads(self.inline, buffers=self.buffers)  # noqa: S301
 
 
 def encode(value: object) -> Message:
@@ -52,7 +63,10 @@ def encode(value: object) -> Message:
 
     try:
         _Pickler(file, protocol=5, buffer_callback=keep).dump(value)
-    except (pickle.PicklingError, AttributeError, TypeError, RecursionError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
+        # A class may raise anything when it is taken apart.
         raise TypeError(f"cannot be sent to another process: {error}") from error
     return Message(file.getvalue(), buffers)
 
@@ -69,46 +83,53 @@ class Packet:
         self._head = _HEADER.pack(len(message.inline), len(spans), size) + table + message.inline
         self._file = _fill(message.buffers, spans, size) if size else -1
 
-    def send(self, connection: socket.socket) -> None:
-        """Send; may be done once. The socket's timeout applies.
+    def __del__(self) -> None:
+        self.discard()
 
-        :raises OSError: the other end is gone, or does not read.
+    def send(self, connection: socket.socket, deadline: float = math.inf) -> None:
+        """Send; may be done once.
+
+        :raises TimeoutError: it does not all go out by the deadline.
+        :raises OSError: the other end is gone.
         """
         files = [] if self._file < 0 else [self._file]
+        _allow(connection, deadline)
         try:
             sent = socket.send_fds(connection, [self._head[: _HEADER.size]], files)
         finally:
             self.discard()
-        connection.sendall(self._head[sent:])
+        _allow(connection, deadline)
+        connection.sendall(memoryview(self._head)[sent:])
 
     def discard(self) -> None:
         """Free the shared memory of a packet that is not sent."""
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
 
 
-def receive(connection: socket.socket) -> Any:  # noqa: ANN401
-    """Receive one object. Its arrays and tensors lie in shared memory that is theirs alone.
+def receive(connection: socket.socket, deadline: float = math.inf) -> Message:
+    """Receive one object, whose buffers are the receiver's alone.
 
     :raises EOFError: the other end is gone.
-    :raises OSError: nothing came within the socket's timeout.
+    :raises TimeoutError: it has not all come by the deadline.
+    :raises OSError: the connection is broken.
     """
+    _allow(connection, deadline)
     head, files, _, _ = socket.recv_fds(connection, _HEADER.size, 1)
     try:
-        head += _receive_exactly(connection, _HEADER.size - len(head)) if head else b""
         if not head:
             raise EOFError("the other end is gone")
+        head += _receive_exactly(connection, _HEADER.size - len(head), deadline)
         inline, count, size = _HEADER.unpack(head)
-        table = _receive_exactly(connection, count * _SPAN.size)
-        data = _receive_exactly(connection, inline)
-        shared = memoryview(mmap.mmap(files[0], size)) if files else memoryview(b"")
+        table = _receive_exactly(connection, count * _SPAN.size, deadline)
+        data = _receive_exactly(connection, inline, deadline)
+        shared = _take(files[0], size) if files else memoryview(b"")
     finally:
         for file in files:
             os.close(file)
     spans = _SPAN.iter_unpack(table)
-    buffers = [shared[offset : offset + length] for offset, length in spans]
-    return pickle.loads(data, buffers=buffers)  # noqa: S301
+    return Message(data, [shared[offset : offset + length] for offset, length in spans])
 
 
 class _Pickler(pickle.Pickler):
@@ -125,12 +146,13 @@ class _Pickler(pickle.Pickler):
 
 
 def _reduce_tensor(torch: Any, tensor: Any) -> Any:  # noqa: ANN401 - torch is optional here
-    if tensor.device.type != "cpu" or tensor.layout is not torch.strided or tensor.is_quantized:
+    dense = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+    if tensor.device.type != "cpu" or not dense:
         raise TypeError(
             f"a tensor on {tensor.device} of layout {tensor.layout} cannot be sent; "
             "send a dense one on the CPU, for instance tensor.cpu()"
         )
-    flat = tensor.detach().contiguous().reshape(-1)
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
     raw = flat.view(torch.uint8).numpy() if flat.numel() else b""
     dtype = str(tensor.dtype).removeprefix("torch.")
     parameter = isinstance(tensor, torch.nn.Parameter)
@@ -178,10 +200,31 @@ def _fill(buffers: Sequence[memoryview], spans: list[tuple[int, int]], size: int
     return file
 
 
-def _receive_exactly(connection: socket.socket, size: int) -> bytes:
+def _take(file: int, size: int) -> memoryview:
+    """Return the bytes of a memory file, which is closed then."""
+    if size <= _COPIED:
+        copy = bytearray(size)
+        os.preadv(file, [copy], 0)
+        return memoryview(copy)
+    return memoryview(mmap.mmap(file, size))
+
+
+def _allow(connection: socket.socket, deadline: float) -> None:
+    """Let the next operation take until the deadline."""
+    if deadline == math.inf:
+        connection.settimeout(None)
+        return
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise TimeoutError
+    connection.settimeout(remaining)
+
+
+def _receive_exactly(connection: socket.socket, size: int, deadline: float) -> bytes:
     parts = bytearray(size)
     view, received = memoryview(parts), 0
     while received < size:
+        _allow(connection, deadline)
         count = connection.recv_into(view[received:])
         if count == 0:
             raise EOFError("the other end is gone")

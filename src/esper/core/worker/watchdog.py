@@ -1,9 +1,7 @@
 """Looks after a worker from outside its event loop, for as long as calls are under way."""
 
-import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
 
@@ -45,7 +43,8 @@ class Watchdog:
         self._closed = threading.Event()
         self._beat_sent: float | None = None
         self._culprit: tuple[str, str] | None = None
-        self._loop_seconds = 0.0
+        self._beat: tuple[float, float] = (0.0, 0.0)
+        self._loop_share = 0.0
 
     def rouse(self) -> None:
         """Watch: there are calls. Costs next to nothing when it does already."""
@@ -78,6 +77,8 @@ class Watchdog:
             if calls:
                 self._look_at(calls)
                 self._wake.set()
+            # Or it would keep arguments and results alive until the next call.
+            del calls
             self._closed.wait(_INTERVAL_S)
 
     def _look_at(self, calls: list[Call]) -> None:
@@ -88,25 +89,33 @@ class Watchdog:
         coroutines = [call for call in calls if call.isolation is Isolation.ASYNC]
         if coroutines:
             self._time_loop(now)
-            spins = self._loop_share() > _SPINNING
-            if spins and any(now > call.give_up_at or call.cancel_asked for call in coroutines):
+            late = any(now > call.give_up_at or call.cancel_asked for call in coroutines)
+            if late and self._loop_share > _SPINNING:
                 self._loop.throttle()
 
     def _time_loop(self, now: float) -> None:
         """Send the loop a beat, and hold it against the loop when it does not come through."""
-        if self._beat_sent is None:
+        sent = self._beat_sent
+        if sent is None:
             self._beat_sent = now
             self._loop.post(self._take_beat)
-        elif now - self._beat_sent > self._max_lag_s and self._culprit is None:
-            self._culprit = (self._loop.running(), self._stack())
+        elif now - sent > self._max_lag_s and self._culprit is None:
+            culprit = (self._loop.running(), self._loop.stack())
+            with self._lock:
+                if self._beat_sent == sent:
+                    self._culprit = culprit
 
     def _take_beat(self) -> None:
         """On the loop: it has come round."""
-        sent, culprit = self._beat_sent, self._culprit
+        now, seconds = time.monotonic(), time.thread_time()
+        (then, seconds_then), self._beat = self._beat, (now, seconds)
+        self._loop_share = (seconds - seconds_then) / max(now - then, _INTERVAL_S)
+        with self._lock:
+            sent, culprit = self._beat_sent, self._culprit
+            self._culprit = self._beat_sent = None
         if culprit is not None and sent is not None:
-            self.stalls.append(LoopStall(culprit[0], time.monotonic() - sent, culprit[1]))
+            self.stalls.append(LoopStall(culprit[0], now - sent, culprit[1]))
             self.stalls_total += 1
-        self._culprit = self._beat_sent = None
 
     def stall_under_way(self) -> LoopStall | None:
         """Return the stall that has not ended yet."""
@@ -114,17 +123,3 @@ class Watchdog:
         if culprit is None or sent is None:
             return None
         return LoopStall(culprit[0], time.monotonic() - sent, culprit[1])
-
-    def _stack(self) -> str:
-        thread = self._loop.thread
-        frame = None if thread is None else sys._current_frames().get(thread.ident or 0)
-        return "" if frame is None else "".join(traceback.format_stack(frame))
-
-    def _loop_share(self) -> float:
-        """Return the share of a processor that the loop took since the last look."""
-        thread = self._loop.thread
-        if thread is None or thread.ident is None or not thread.is_alive():
-            return 0.0
-        seconds = time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
-        spent, self._loop_seconds = seconds - self._loop_seconds, seconds
-        return spent / _INTERVAL_S

@@ -10,17 +10,16 @@ import time
 import traceback
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
-from types import FrameType
 from typing import Any, Literal, TypeVar
 
-from esper.core.worker.call import Call, Isolation, Outcome, WorkerHandle, current_call
+from esper.core.worker.call import Call, Isolation, WorkerHandle, current_call
 from esper.core.worker.coroutines import EventLoop
+from esper.core.worker.ledger import Ledger
 from esper.core.worker.processes import ProcessLane
-from esper.core.worker.stats import LiveCall, ShutdownReport, Tally, WorkerStats
-from esper.core.worker.threads import DaemonThreads
+from esper.core.worker.stats import LiveCall, ShutdownReport, WorkerStats
+from esper.core.worker.threads import DaemonExecutor, DaemonThreads
 from esper.core.worker.transport import Packet, encode
 from esper.core.worker.watchdog import Watchdog
-from esper.leyline import WorkerClosed, WorkerFull
 
 Reply = TypeVar("Reply")
 IsolationName = Literal["async", "thread", "process"] | Isolation
@@ -63,16 +62,14 @@ class AsyncWorker:
         self._shutdown_timeout_s = shutdown_timeout_s
         self._grace_s = grace_s
         self._process = os.getpid()
-        self._lock = threading.Lock()
-        self._ended = threading.Condition(self._lock)
-        self._live: set[Call] = set()
+        self._ledger = Ledger(max_concurrency)
         self._frames: dict[Call, int] = {}
-        self._tally = Tally()
-        self._closing = False
         self._threads = DaemonThreads("esper-call")
-        self._loop = EventLoop(self._end)
+        self._loop = EventLoop(self._ledger.end, DaemonExecutor(self._threads))
         self._processes = ProcessLane(preload, self._threads.run)
-        self._watchdog = Watchdog(self._loop, self._calls, self._abandon, max_loop_lag_s)
+        self._watchdog = Watchdog(
+            self._loop, self._ledger.live, self._ledger.abandon, max_loop_lag_s
+        )
 
     def __enter__(self) -> "AsyncWorker":
         return self
@@ -83,7 +80,7 @@ class AsyncWorker:
     @property
     def closed(self) -> bool:
         """Whether it takes no calls any more."""
-        return self._closing or self._process != os.getpid()
+        return self._ledger.closed
 
     def submit(
         self,
@@ -113,29 +110,17 @@ class AsyncWorker:
         lane = choose_isolation(function, isolation)
         if not 0 <= timeout_s < math.inf:
             raise ValueError(f"timeout_s is {timeout_s}; give a finite number of seconds >= 0")
-        if name is None:
-            name = getattr(function, "__qualname__", type(function).__qualname__)
-        parent = current_call.get()
-        deadline = time.monotonic() + timeout_s
-        if parent is not None:
-            deadline = min(deadline, parent.deadline)
-        call = Call(name, lane, deadline, self._grace_s, parent)
-        packet = self._pack(call, function, arguments) if lane is Isolation.PROCESS else None
+        name = _name_of(function) if name is None else name
+        call = Call(name, lane, timeout_s, self._grace_s, current_call.get())
+        handle: WorkerHandle[Reply] = WorkerHandle(call, self._ledger.abandon, self._loop.here)
         try:
-            self._admit(call)
-        except BaseException:
-            if packet is not None:
-                packet.discard()
+            self._ledger.admit(call)
+            self._watchdog.rouse()
+            self._launch(call, function, arguments)
+        except BaseException as error:
+            self._ledger.end(call, None, error)
             raise
-        self._watchdog.rouse()
-        if lane is Isolation.ASYNC:
-            self._loop.start(call, function, arguments)
-        elif packet is None:
-            self._threads.run(partial(self._run, call, partial(function, *arguments)))
-        else:
-            work = partial(self._processes.carry_out, call, packet)
-            self._threads.run(partial(self._run, call, work))
-        return WorkerHandle(call, self._abandon, self._loop.here)
+        return handle
 
     def call(
         self,
@@ -160,8 +145,7 @@ class AsyncWorker:
 
     def stats(self) -> WorkerStats:
         """Return what runs and how the calls so far went."""
-        with self._lock:
-            calls, live = self._tally.copy(), list(self._live)
+        calls, live = self._ledger.read()
         stall = self._watchdog.stall_under_way()
         return WorkerStats(
             live=tuple(self._describe(call) for call in live),
@@ -180,61 +164,38 @@ class AsyncWorker:
             that blocks its thread keeps it for as long as it likes.
         :raises RuntimeError: it is called from inside one of the worker's calls.
         """
-        if current_call.get() is not None:
-            raise RuntimeError("a call cannot shut down the worker that carries it out")
         began = time.monotonic()
         if self._process != os.getpid():
             return ShutdownReport(0.0, ())
-        with self._lock:
-            # First of all: a call accepted in the same moment must not escape the cancellation.
-            self._closing = True
-            live = list(self._live)
-        for call in live:
+        if self._ledger.carries_out(current_call.get()):
+            raise RuntimeError("a call cannot shut down the worker that carries it out")
+        # First of all: a call accepted in the same moment must not escape the cancellation.
+        self._ledger.close()
+        self._processes.stop_replacing()
+        for call in self._ledger.live():
             call.ask_to_cancel()
         allowed = self._shutdown_timeout_s if timeout_s is None else timeout_s
-        with self._ended:
-            self._ended.wait_for(lambda: not self._live, allowed)
-            left = list(self._live)
+        left = self._ledger.wait_until_empty(allowed)
         described = tuple(self._describe(call) for call in left)
         for call in left:
-            self._abandon(call)
+            self._ledger.abandon(call)
         self._watchdog.close()
         self._processes.close()
         self._loop.close(min(allowed, 1.0) if not left else 0.0)
         self._threads.close()
         return ShutdownReport(time.monotonic() - began, described)
 
-    def _pack(self, call: Call, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Packet:
-        if sys.platform != "linux":
-            raise TypeError(f"isolation='process' needs Linux; this is {sys.platform}")
-        try:
-            message = encode((call.name, call.deadline, function, arguments))
-        except TypeError as error:
-            raise TypeError(
-                f"{call.name} {error}; or use isolation='thread' if it is sure to return"
-            ) from error
-        return Packet(message)
-
-    def _admit(self, call: Call) -> None:
-        with self._lock:
-            if not self.closed and self._has_room(call.parent):
-                self._live.add(call)
-                if call.parent is not None:
-                    call.parent.children += 1
-                return
-            self._tally.add(call.name, Outcome.REFUSED, None)
-            running = ", ".join(sorted({live.name for live in self._live}))
-        if self.closed:
-            raise WorkerClosed(f"{call.name} was refused: the worker is closed")
-        raise WorkerFull(
-            f"{call.name} was refused: all {self.max_concurrency} slots are taken by {running}"
-        )
-
-    def _has_room(self, parent: Call | None) -> bool:
-        if len(self._live) < self.max_concurrency:
-            return True
-        # While a call waits for one that it submitted, its slot does no other work.
-        return parent is not None and parent in self._live and parent.children == 0
+    def _launch(self, call: Call, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        if call.isolation is Isolation.ASYNC:
+            if not self._loop.start(call, function, arguments):
+                self._ledger.end(call, None, asyncio.CancelledError())
+            return
+        if call.isolation is Isolation.THREAD:
+            work = partial(function, *arguments)
+        else:
+            packet = _pack(call, function, arguments)
+            work = partial(self._processes.carry_out, call, packet)
+        self._threads.run(partial(self._run, call, work))
 
     def _run(self, call: Call, work: Callable[[], object]) -> None:
         """On a thread: carry out a call."""
@@ -251,35 +212,9 @@ class AsyncWorker:
         finally:
             current_call.reset(token)
             del self._frames[call]
-        self._end(call, value, error)
-
-    def _end(self, call: Call, value: object, error: BaseException | None) -> None:
-        """Tell the outcome of a function that has ended, and free its slot."""
-        outcome = call.judge(error)
-        with self._ended:
-            call.ended = True
-            self._live.discard(call)
-            if call.parent is not None:
-                call.parent.children -= 1
-            self._ended.notify_all()
-        self._settle(call, outcome, value, error)
-
-    def _abandon(self, call: Call) -> None:
-        """Tell the caller that a function has not ended in time."""
-        self._settle(call, Outcome.ABANDONED, None, None)
-        call.ask_to_cancel()
-
-    def _settle(
-        self, call: Call, outcome: Outcome, value: object, error: BaseException | None
-    ) -> None:
-        with self._lock:
-            if not call.settle(outcome, value, error):
-                return
-            self._tally.add(call.name, outcome, call.settled_at - call.submitted)
-
-    def _calls(self) -> list[Call]:
-        with self._lock:
-            return list(self._live)
+        self._ledger.end(call, value, error)
+        # An error knows this frame: without the names there is no cycle to be collected.
+        del call, work, value, error
 
     def _describe(self, call: Call) -> LiveCall:
         now = time.monotonic()
@@ -295,10 +230,28 @@ class AsyncWorker:
         if call.isolation is Isolation.PROCESS:
             return ""
         if call.isolation is Isolation.ASYNC:
-            frames: list[FrameType] = self._loop.stack_of(call)
-            return "".join(line for f in frames for line in traceback.format_stack(f, limit=1))
+            return self._loop.stack_of(call)
         frame = sys._current_frames().get(self._frames.get(call, 0))
         return "" if frame is None else "".join(traceback.format_stack(frame))
+
+
+def _pack(call: Call, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Packet:
+    if sys.platform != "linux":
+        raise TypeError(f"isolation='process' needs Linux; this is {sys.platform}")
+    try:
+        message = encode((call.name, call.deadline, function, arguments))
+    except TypeError as error:
+        raise TypeError(
+            f"{call.name} {error}; or use isolation='thread' if it is sure to return"
+        ) from error
+    return Packet(message)
+
+
+def _name_of(function: Callable[..., object]) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    name: str = getattr(function, "__qualname__", type(function).__qualname__)
+    return name
 
 
 def choose_isolation(
@@ -325,9 +278,8 @@ def choose_isolation(
 
 
 def _is_coroutine_function(function: Callable[..., object]) -> bool:
-    code = getattr(function, "__code__", None)
-    if code is not None:
-        return bool(code.co_flags & inspect.CO_COROUTINE)
+    while isinstance(function, partial):
+        function = function.func
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004 - an object may have an async __call__
     )
