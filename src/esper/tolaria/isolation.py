@@ -45,7 +45,7 @@ def isolation_of(
 
 
 def _obstacle_to_sending(companion: Any) -> str:  # noqa: ANN401
-    module = companion.__module__
+    module = getattr(companion, "__module__", None) or "no module"
     try:
         found = module != "__main__" and importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):

@@ -235,8 +235,10 @@ def test_what_ends_a_program_does_not_end_the_loop(
 
 
 def test_a_coroutine_that_blocks_the_loop_is_named_and_others_go_on() -> None:
+    release = threading.Event()
+
     async def block() -> None:
-        time.sleep(0.5)
+        release.wait(15)
 
     with AsyncWorker(grace_s=0.05, max_loop_lag_s=0.1, preload=()) as worker:
         worker.call(double, 1, timeout_s=20)
@@ -244,21 +246,21 @@ def test_a_coroutine_that_blocks_the_loop_is_named_and_others_go_on() -> None:
         began = time.monotonic()
         with pytest.raises(DeadlineExceeded, match="still runs"):
             handle.result()
-        freed = time.monotonic() - began
+        assert time.monotonic() - began < 3
         assert worker.call(double, 2, timeout_s=10) == 4
         assert worker.call(double, 3, timeout_s=10, isolation="thread") == 6
-        waited = time.monotonic() - began
+        assert time.monotonic() - began < 10
         until(lambda: worker.stats().stalls_total == 1)
         (under_way,) = worker.stats().stalls
+        release.set()
         until(lambda: handle.ended)
         until(lambda: bool(worker._watchdog.stalls))
-        (stall,) = worker.stats().stalls
-    assert freed < 0.45
-    assert waited < 5
+        stats = worker.stats()
+    (stall,) = stats.stalls
     assert under_way.culprit == stall.culprit == "blocker"
-    assert "time.sleep(0.5)" in stall.stack
+    assert "release.wait(15)" in stall.stack
     assert stall.seconds > 0.1
-    assert worker.stats().stalls_total == 1
+    assert stats.stalls_total == 1
 
 
 def test_a_blocking_coroutine_is_shown_where_it_blocks(worker: AsyncWorker) -> None:

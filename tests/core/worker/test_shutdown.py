@@ -87,7 +87,7 @@ def test_closing_reports_what_does_not_end_by_name_and_with_its_stack() -> None:
         worker = AsyncWorker(preload=())
         isolation = "thread" if function is stuck_in_a_thread else "async"
         handle = worker.submit(function, timeout_s=60, isolation=isolation)
-        time.sleep(0.1)
+        until(lambda worker=worker, line=line: line in worker.stats().live[0].stack)
         report = worker.shutdown(0.1)
         assert report.seconds < 5
         (left,) = report.left

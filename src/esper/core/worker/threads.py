@@ -76,7 +76,7 @@ class DaemonExecutor(ThreadPoolExecutor):
         self,
         function: Callable[..., Any],
         /,
-        *arguments: Any,
+        *arguments: Any,  # noqa: ANN401
         **options: Any,  # noqa: ANN401
     ) -> Future[Any]:
         """Start ``function(*arguments, **options)``."""

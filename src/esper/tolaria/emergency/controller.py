@@ -106,6 +106,7 @@ class EmergencyController:
         self._counts = dict.fromkeys(_COUNTERS, 0)
         self._last_act_ms: float | None = None
         self._order: Order | None = None
+        self._changed = False
         self._seen = word.sequence
         self._clear_left_over()
 
@@ -158,9 +159,14 @@ class EmergencyController:
                 self._lower(EmergencyLevel.NONE, reason, "engine")
 
     def close_epoch(self, healthy: bool) -> None:
-        """End the emergency after an epoch without trouble."""
-        if healthy and self.level is not EmergencyLevel.NONE:
-            self.reset("a healthy epoch has passed")
+        """End the emergency after a whole epoch without trouble.
+
+        The epoch in which the level changed does not count.
+        """
+        with self._lock:
+            whole, self._changed = not self._changed, False
+            if whole and healthy:
+                self.reset("a healthy epoch has passed")
 
     def take_order(self) -> Order | None:
         """Return the newest level that was not acted on, once; None when nothing is new."""
@@ -243,6 +249,7 @@ class EmergencyController:
 
     def _adopt(self, state: WordState) -> None:
         none = state.level is EmergencyLevel.NONE
+        self._changed = not none
         self.level = state.level
         self.reason = "" if none else state.reason
         self.since = None if none else time.time()
