@@ -183,17 +183,14 @@ class EmergencyController:
             if order.level is EmergencyLevel.NONE:
                 return
             self._last_act_ms = milliseconds
-            late = milliseconds > order.level.act_within_s * 1e3
+            allowed = order.level.act_within_s * 1e3
+            late = milliseconds > allowed
             self._counts["late_acts"] += late
             name = order.level.name.lower()
+            event = "emergency_acted_late" if late else "emergency_acted"
+            message = f"{name}: acted on after {milliseconds:.4g} ms; {allowed:g} ms are allowed"
             data = {"level": name, "latency_ms": milliseconds, "origin": order.origin}
-            if late:
-                allowed = order.level.act_within_s * 1e3
-                message = f"{name}: acted on after {milliseconds:.4g} ms instead of {allowed:g}"
-                self._announce("emergency_acted_late", message, Level.WARNING, data)
-            else:
-                message = f"{name}: acted on after {milliseconds:.4g} ms"
-                self._announce("emergency_acted", message, Level.INFO, data)
+            self._announce(event, message, Level.WARNING if late else Level.INFO, data)
 
     def pump(self) -> None:
         """Carry broadcasts on; costs next to nothing when there are none."""
