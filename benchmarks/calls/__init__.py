@@ -1,1 +1,1 @@
-"""What the benchmark of calls has called."""
+"""Calls under deadlines in various ways, and what the benchmark of them measures."""

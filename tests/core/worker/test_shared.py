@@ -110,19 +110,19 @@ print(time.monotonic())
 """
 
 
+STUCK_CALLS = [
+    ("(wait,)", 0.01),
+    ("(wait,)", 60),
+    ("(block,)", 60),
+    ("(swallow,)", 0.01),
+    ("(swallow, )", 60),
+    ("(look_up,)", 60),
+    ("(loop_for_ever,)", 60),
+]
+
+
 @pytest.mark.parametrize("worker", ["shared_worker()", "AsyncWorker(preload=())"])
-@pytest.mark.parametrize(
-    "call",
-    [
-        "(wait,)",
-        "(block,)",
-        "(swallow,)",
-        "(swallow, )",
-        "(look_up,)",
-        "(loop_for_ever,)",
-    ],
-)
-@pytest.mark.parametrize("timeout_s", [0.01, 60])
+@pytest.mark.parametrize(("call", "timeout_s"), STUCK_CALLS)
 def test_a_stuck_call_does_not_keep_the_program_from_ending(
     tmp_path: Path, worker: str, call: str, timeout_s: float
 ) -> None:
@@ -130,7 +130,7 @@ def test_a_stuck_call_does_not_keep_the_program_from_ending(
     code = STUCK.format(
         worker=worker,
         call=call,
-        timeout_s=f"{timeout_s if 'loop' not in call else 60}, {thread}".rstrip(", "),
+        timeout_s=f"{timeout_s}, {thread}".rstrip(", "),
         process="loop" in call,
         swallowed="BaseException" if call == "(swallow, )" else "asyncio.CancelledError",
     )

@@ -39,9 +39,7 @@ def main() -> None:
     # Ctrl-C and a group's SIGTERM are for the program to answer; this ends when the program does.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    for name in preload:
-        if importlib.util.find_spec(name) is not None:
-            importlib.import_module(name)
+    _import_installed(preload)
     control = socket.socket(fileno=int(descriptor))
     # A process that the program has forked holds the other end of the socket, too.
     program = os.pidfd_open(os.getppid())
@@ -65,6 +63,12 @@ def main() -> None:
             break
     for child in statuses:
         _kill_group(child)
+
+
+def _import_installed(names: list[str]) -> None:
+    for name in names:
+        if importlib.util.find_spec(name) is not None:
+            importlib.import_module(name)
 
 
 def _answer(control: socket.socket, statuses: dict[int, int], own: list[int]) -> bool:

@@ -89,9 +89,8 @@ class Watchdog:
         coroutines = [call for call in calls if call.isolation is Isolation.ASYNC]
         if coroutines:
             self._time_loop(now)
-            late = any(now > call.give_up_at or call.cancel_asked for call in coroutines)
-            if late and self._loop_share > _SPINNING:
-                self._loop.throttle()
+        if self._loop_share > _SPINNING and any(_overstays(call, now) for call in coroutines):
+            self._loop.throttle()
 
     def _time_loop(self, now: float) -> None:
         """Send the loop a beat, and hold it against the loop when it does not come through."""
@@ -123,3 +122,7 @@ class Watchdog:
         if culprit is None or sent is None:
             return None
         return LoopStall(culprit[0], time.monotonic() - sent, culprit[1])
+
+
+def _overstays(call: Call, now: float) -> bool:
+    return now > call.give_up_at or call.cancel_asked

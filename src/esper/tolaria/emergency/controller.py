@@ -187,9 +187,9 @@ class EmergencyController:
             late = milliseconds > allowed
             self._counts["late_acts"] += late
             name = order.level.name.lower()
-            event = "emergency_acted_late" if late else "emergency_acted"
             message = f"{name}: acted on after {milliseconds:.4g} ms; {allowed:g} ms are allowed"
             data = {"level": name, "latency_ms": milliseconds, "origin": order.origin}
+            event = "emergency_acted_late" if late else "emergency_acted"
             self._announce(event, message, Level.WARNING if late else Level.INFO, data)
 
     def pump(self) -> None:
@@ -199,7 +199,7 @@ class EmergencyController:
                 self._broadcasts.pump()
 
     def close(self, timeout_s: float = 0.0) -> None:
-        """Give broadcasts this many seconds to succeed, and let go of the word."""
+        """Give broadcasts so many seconds to succeed, and let go of the word."""
         end = time.monotonic() + timeout_s
         while self._broadcasts.pending and time.monotonic() < end:
             self.pump()
@@ -250,9 +250,7 @@ class EmergencyController:
         self.level = state.level
         self.reason = "" if none else state.reason
         self.since = None if none else time.time()
-        self._order = Order(
-            state.level, state.reason, state.origin, state.sequence, state.issued_ns
-        )
+        self._order = _order_of(state)
 
     def _tell(self, level: EmergencyLevel, reason: str, origin: str) -> None:
         self._counts["escalations"] += 1
@@ -319,3 +317,7 @@ class EmergencyController:
         )
         data = {"before": state.level.name.lower(), "level": "none", "origin": "engine"}
         self._announce("emergency_cleared", message, Level.INFO, data)
+
+
+def _order_of(state: WordState) -> Order:
+    return Order(state.level, state.reason, state.origin, state.sequence, state.issued_ns)
