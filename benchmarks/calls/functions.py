@@ -57,9 +57,14 @@ def nothing() -> None:
     """Return."""
 
 
-async def nothing_for(seconds: float) -> None:
-    """Wait, uncounted."""
-    await asyncio.sleep(seconds)
+async def await_inside(inside: set[object], seconds: float) -> None:
+    """Wait, and be in a set meanwhile: for more calls than one makes files for."""
+    mark = object()
+    inside.add(mark)
+    try:
+        await asyncio.sleep(seconds)
+    finally:
+        inside.remove(mark)
 
 
 async def await_long(folder: str, seconds: float) -> None:

@@ -74,7 +74,7 @@ def submissions(worker: AsyncWorker, rounds: int) -> None:
     base = found["submit: event loop by hand (baseline)"]
     rows = [(name, duration(s), f"{s / base:.2f} x", "") for name, s in found.items()]
 
-    handle = worker.submit(functions.nothing_for, 60.0, timeout_s=60.0)
+    handle = worker.submit(functions.await_inside, set(), 60.0, timeout_s=60.0)
     future: Future[None] = Future()
     looks = {
         "look: Future.done (baseline)": _many(future.done),

@@ -16,7 +16,7 @@ import anyio
 from esper.core.worker.call import Call, current_call
 from esper.core.worker.threads import DaemonExecutor
 
-_BREATH_S = 0.002
+_BREATH_S = 0.01
 
 End = Callable[[Call, object, BaseException | None], None]
 
@@ -38,6 +38,8 @@ class EventLoop:
         self._executor = executor
         self._lock = threading.Lock()
         self._tasks: dict[Call, asyncio.Task[None]] = {}
+        self._scopes: dict[Call, anyio.CancelScope] = {}
+        self._alarm: asyncio.TimerHandle | None = None
         self._throttled = False
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -163,16 +165,36 @@ class EventLoop:
         error: BaseException | None = asyncio.CancelledError()
         current_call.set(call)
         try:
-            with anyio.CancelScope(deadline=call.deadline) as scope:
+            with anyio.CancelScope() as scope:
+                self._scopes[call] = scope
+                self._set_alarm(call.deadline)
                 call.on_cancel(partial(self._cancel, scope))
                 value = await function(*arguments)
                 error = None
         except BaseException as raised:  # noqa: BLE001 - handed to whoever asks for the result
             error = raised
         del self._tasks[call]
+        self._scopes.pop(call, None)
         self._end(call, value, error)
         # An error knows this frame: without the names there is no cycle to be collected.
         del call, value, error
+
+    def _set_alarm(self, deadline: float) -> None:
+        """Have the earliest deadline kept: one timer for all costs less than one for each."""
+        alarm = self._alarm
+        if alarm is None or deadline < alarm.when():
+            if alarm is not None:
+                alarm.cancel()
+            self._alarm = asyncio.get_running_loop().call_at(deadline, self._ring)
+
+    def _ring(self) -> None:
+        self._alarm = None
+        now = time.monotonic()
+        for call, scope in self._scopes.items():
+            if call.deadline > now:
+                self._set_alarm(call.deadline)
+            elif not scope.cancel_called:
+                scope.cancel()
 
     def _cancel(self, scope: anyio.CancelScope) -> None:
         if self.here():
