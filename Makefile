@@ -46,8 +46,9 @@ docs: $(VENV)/dev.stamp ## snippets run, links resolve, generated files are up t
 	$(BIN)/python scripts/env_example.py --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_docs.py
 
-bench: $(VENV)/bench.stamp ## the loop beside other trainers, aggregation beside other packages
+bench: $(VENV)/bench.stamp ## loop, aggregation and calls, beside other trainers and packages
 	$(BIN)/python benchmarks/loop_overhead.py
+	$(BIN)/python benchmarks/worker.py
 	$(BIN)/python benchmarks/aggregation.py
 
 clean: ## remove the virtual environment and caches

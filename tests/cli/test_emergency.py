@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from esper.cli.app import app
 
 ESPER = [sys.executable, "-c", "from esper.cli import main; main()"]
 
@@ -20,9 +23,9 @@ def esper(*arguments: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-@pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    runs = tmp_path_factory.mktemp("runs")
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Path]:
+    runs = tmp_path
     command = [*ESPER, "train", "--epochs", "500", "--no-drill"]
     command += ["--threads", "1", "--runs", str(runs), "--name", "job", "--quiet"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -43,7 +46,7 @@ def order(runs: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
 @pytest.mark.timeout(180)
 def test_a_running_job_acts_on_what_another_terminal_says(job: Path) -> None:
     assert order(job).stdout == "no emergency\n"
-    for level in ("minor", "severe", "major"):
+    for level in ("minor", "major"):
         done = order(job, "--level", level, "--reason", f"try {level}")
         assert re.match(rf"{level}: acted on after [\d.e+]+ ms\n", done.stdout), done
         assert done.returncode == 0
@@ -63,7 +66,6 @@ def test_a_running_job_acts_on_what_another_terminal_says(job: Path) -> None:
     assert events.stat().st_size > before, "it goes on"
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -72,9 +74,10 @@ def test_a_running_job_acts_on_what_another_terminal_says(job: Path) -> None:
         (["--reason", "why"], "needs a --level"),
     ],
 )
-def test_contradictions_are_refused(job: Path, arguments: list[str], message: str) -> None:
-    done = order(job, *arguments)
-    assert done.returncode != 0
+def test_contradictions_are_refused(arguments: list[str], message: str) -> None:
+    # In this process: they are refused before a run is looked for.
+    done = CliRunner().invoke(app, ["emergency", "job", *arguments])
+    assert done.exit_code != 0
     assert message in done.stderr.replace("\n", " ")
 
 
