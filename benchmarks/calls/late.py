@@ -14,7 +14,7 @@ from anyio.from_thread import start_blocking_portal
 
 from calls import functions, peers
 from calls.measures import Arm, against, duration, no_op, show
-from esper.core import AsyncWorker, DeadlineExceeded
+from esper.core import AsyncWorker, DeadlineExceeded, Outcome
 
 DEADLINE_S = 0.02
 # What cannot be stopped lasts so long; what can would last for a minute.
@@ -26,7 +26,8 @@ LONG_S = 60.0
 class Late:
     """One way to miss a deadline.
 
-    :param miss: makes the call; given a folder for the function to sign in to.
+    :param miss: makes the call; given a folder for the function to sign in to. May return whether
+        the caller was told that the function runs on.
     :param goal_s: seconds past the deadline that it may take.
     :param prepare: has the pool ready, untimed.
     """
@@ -42,6 +43,7 @@ def overruns(worker: AsyncWorker, rounds: int) -> None:
         root = stack.enter_context(scratch())
         ways = _ours(worker) | _theirs(stack)
         found: dict[str, list[tuple[float, int, int]]] = {name: [] for name in ways}
+        untold = dict.fromkeys(ways, 0)
         names = list(ways)
         for turn in range(rounds + 1):
             start = turn % len(names)
@@ -49,30 +51,35 @@ def overruns(worker: AsyncWorker, rounds: int) -> None:
                 folder = tempfile.mkdtemp(dir=root)
                 ways[name].prepare()
                 began = time.perf_counter()
-                ways[name].miss(folder)
+                told = ways[name].miss(folder)
                 seconds = time.perf_counter() - began - DEADLINE_S
                 time.sleep(0.01)
                 if turn:
                     outcome = (seconds, functions.began(folder), functions.running(folder))
                     found[name].append(outcome)
+                    untold[name] += outcome[2] > 0 and told is not True
         time.sleep(STUBBORN_S)
     rows = []
     for name, outcomes in found.items():
         late = statistics.median(seconds for seconds, _, _ in outcomes)
         left = sum(running for _, _, running in outcomes)
         began_times = sum(count for _, count, _ in outcomes)
-        still = f"{left} of {began_times}" if left else f"none of {began_times}"
+        still = f"{left or 'none'} of {began_times}"
+        if left and "Esper" in name:
+            still += f", {untold[name] or 'none'} untold"
         rows.append((name, duration(late), against(late, ways[name].goal_s), still))
     title = f"Past a deadline of {duration(DEADLINE_S)}, of a call that would take longer"
     show(title, ("way", "median late", "to goal", "functions that run on"), rows)
 
 
 def _ours(worker: AsyncWorker) -> dict[str, Late]:
-    def miss(function: Callable[..., object], isolation: Any, seconds: float, folder: str) -> None:
+    def miss(function: Callable[..., object], isolation: Any, seconds: float, folder: str) -> bool:
+        handle = worker.submit(
+            function, folder, seconds, timeout_s=DEADLINE_S, name="late", isolation=isolation
+        )
         with suppress(DeadlineExceeded):
-            worker.call(
-                function, folder, seconds, timeout_s=DEADLINE_S, name="late", isolation=isolation
-            )
+            handle.result()
+        return handle.outcome is Outcome.ABANDONED
 
     def child_waits() -> None:
         worker.call(functions.nothing, timeout_s=60.0)

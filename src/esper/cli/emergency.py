@@ -49,7 +49,11 @@ def handle_emergency(request: EmergencyRequest) -> None:
     run = find_run(request.run, directory)
     if not (run / WORD).is_file():
         raise RunError(f"{run} has no {WORD}; it was not started by this version, or not yet")
-    with EmergencyWord(run / WORD) as word:
+    try:
+        opened = EmergencyWord(run / WORD)
+    except OSError as error:
+        raise RunError(f"{run / WORD} cannot be opened: {error}") from error
+    with opened as word:
         if level is None:
             typer.echo(_describe(word.read()))
             return
@@ -83,6 +87,10 @@ def _set(word: EmergencyWord, run: Path, level: EmergencyLevel, reason: str) -> 
         if acknowledged is not None and acknowledged[0] == sequence:
             typer.echo(f"{name}: acted on after {(acknowledged[1] - began) / 1e6:.3g} ms")
             return
+        if acknowledged is not None and acknowledged[0] > sequence:
+            raise RunError(
+                f"{run.name} has acted on a later order instead; 'esper emergency {run}' shows it"
+            )
         time.sleep(_LOOK_EVERY_S)
     raise RunError(
         f"{run.name} has not acted on it within {allowed_s:g} s; the level is set, and the run "
@@ -95,8 +103,10 @@ def _describe(state: WordState | None) -> str:
         return "the emergency word cannot be read at present; try again"
     if state.level is EmergencyLevel.NONE:
         return "no emergency"
-    age = timedelta(seconds=(time.monotonic_ns() - state.issued_ns) / 1e9)
-    since = (datetime.now(UTC) - age).strftime("%Y-%m-%d %H:%M:%S UTC")
+    age_s = (time.monotonic_ns() - state.issued_ns) / 1e9
+    since = "before this host was started"
+    if age_s >= 0:
+        since = (datetime.now(UTC) - timedelta(seconds=age_s)).strftime("%Y-%m-%d %H:%M:%S UTC")
     return (
         f"{state.level.name.lower()} since {since} "
         f"({state.origin}, process {state.process}): {state.reason}"

@@ -199,3 +199,88 @@ def test_escalations_from_many_threads_all_count(tmp_path: Path) -> None:
         thread.join()
     assert stage.controller.metrics()["tolaria.emergency.escalations_total"] == 400
     assert level_in(stage.word) is stage.controller.level is CRITICAL
+
+
+def test_what_another_process_has_said_is_not_lost_when_the_run_escalates_too(
+    tmp_path: Path,
+) -> None:
+    stage = Stage(word=EmergencyWord(tmp_path / "word"))
+    with EmergencyWord(tmp_path / "word") as theirs:
+        sequence = theirs.set(CRITICAL, "fire", "cli")
+        stage.controller.escalate(MINOR, "restless")
+        order = stage.controller.take_order()
+        assert order is not None
+        assert (order.level, order.reason, order.sequence) == (CRITICAL, "fire", sequence)
+        assert stage.controller.level is level_in(theirs) is CRITICAL
+        assert stage.names == ["emergency_escalated"] * 2
+
+
+def test_what_another_process_has_said_is_passed_on_even_if_the_run_resets_at_that_moment(
+    tmp_path: Path,
+) -> None:
+    stage = Stage(word=EmergencyWord(tmp_path / "word"))
+    stage.controller.escalate(MINOR, "restless")
+    with EmergencyWord(tmp_path / "word") as theirs:
+        theirs.set(CRITICAL, "fire", "cli")
+        stage.controller.reset("over")
+    assert stage.controller.level is NONE
+    assert stage.names == ["emergency_escalated", "emergency_escalated", "emergency_cleared"]
+    assert stage.broadcasts.pending == 2
+
+
+def test_what_another_process_has_said_is_not_ended_by_an_epoch_that_was_healthy_before(
+    tmp_path: Path,
+) -> None:
+    stage = Stage(word=EmergencyWord(tmp_path / "word"))
+    stage.controller.escalate(MINOR, "restless")
+    stage.controller.take_order()
+    stage.controller.close_epoch(healthy=True)
+    with EmergencyWord(tmp_path / "word") as theirs:
+        theirs.set(CRITICAL, "fire", "cli")
+        stage.controller.close_epoch(healthy=True)
+        assert level_in(theirs) is CRITICAL
+    order = stage.controller.take_order()
+    assert order is not None
+    assert order.level is CRITICAL
+
+
+def test_a_word_that_was_left_torn_is_repaired(tmp_path: Path) -> None:
+    path = tmp_path / "word"
+    with EmergencyWord(path) as earlier:
+        sequence = earlier.set(CRITICAL, "long ago", "cli")
+    with path.open("r+b") as file:
+        file.write((sequence + 1).to_bytes(8, "little"))
+    stage = Stage(word=EmergencyWord(path))
+    assert level_in(stage.word) is NONE
+    assert stage.controller.take_order() is None
+
+
+def test_the_state_can_be_taken_while_another_thread_escalates() -> None:
+    stage = Stage(per_minute=10**6)
+    stage.caller.refuses = True
+    ended = threading.Event()
+
+    def escalate() -> None:
+        number = 0
+        while not ended.is_set():
+            number += 1
+            stage.controller.escalate(MINOR, f"{number}")
+
+    for number in range(1000):
+        stage.controller.escalate(MINOR, f"earlier {number}")
+    thread = threading.Thread(target=escalate)
+    thread.start()
+    try:
+        for _ in range(400):
+            stage.controller.state_dict()
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_after_the_end_an_escalation_still_fails_nobody(tmp_path: Path) -> None:
+    stage = Stage(word=EmergencyWord(tmp_path / "word"))
+    stage.controller.close()
+    assert "ValueError" in stage.controller.escalate(MINOR, "too late").error
+    stage.controller.reset()
+    assert stage.controller.level is NONE

@@ -1,15 +1,21 @@
+import fcntl
 import os
 import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from esper.leyline import EmergencyLevel
 from esper.tolaria.emergency import EmergencyWord
+from loops.counting import count_calls
 
 WRITER = """
 import sys
@@ -219,3 +225,143 @@ def test_a_reader_that_exits_deletes_nothing(tmp_path: Path) -> None:
             )
             assert "still here" in shown.stdout
     assert path.is_file()
+
+
+class Interrupted:
+    """A mapping in which another writer gets in between two stores of this one."""
+
+    def __init__(self, memory: Any, other: EmergencyWord) -> None:
+        self.memory = memory
+        self.other = other
+        self.overtaken_as: int | None = None
+
+    def __setitem__(self, where: slice, data: bytes) -> None:
+        self.memory[where] = data
+        if self.overtaken_as is None:
+            self.overtaken_as = self.other.set(EmergencyLevel.SEVERE, "overtakes", "other")
+
+
+def test_a_writer_that_was_overtaken_writes_again_and_no_number_comes_twice(tmp_path: Path) -> None:
+    with EmergencyWord(tmp_path / "word") as slow, EmergencyWord(tmp_path / "word") as fast:
+        memory = slow._map
+        interrupted = Interrupted(memory, fast)
+        slow._map = interrupted  # type: ignore[assignment]
+        number = slow.set(EmergencyLevel.MAJOR, "was stopped", "slow")
+        slow._map = memory
+        assert interrupted.overtaken_as is not None
+        assert number > interrupted.overtaken_as
+        state = fast.read()
+        assert state is not None
+        assert (state.sequence, state.reason) == (number, "was stopped")
+        assert fast.set(EmergencyLevel.NONE, "", "fast") > number
+
+
+def test_a_writer_out_of_turn_keeps_away_from_the_numbers_of_the_one_whose_turn_it_is(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "word"
+    with EmergencyWord(path) as ours, EmergencyWord(path) as theirs, ours.turn() as alone:
+        assert alone
+        before = theirs.set(EmergencyLevel.MINOR, "out of turn", "theirs")
+        after = theirs.set(EmergencyLevel.MINOR, "out of turn", "theirs")
+        assert before > 100
+        assert after > before + 100
+        assert ours.set(EmergencyLevel.MINOR, "in turn", "ours") == after + 2
+
+
+@pytest.mark.parametrize("number", [2**64 - 1, 2**64 - 2])
+def test_a_number_that_cannot_rise_any_more_starts_anew(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "word"
+    with EmergencyWord(path) as word:
+        with path.open("r+b") as file:
+            file.write(number.to_bytes(8, "little"))
+        word.set(EmergencyLevel.MAJOR, "again", "cli")
+        state = word.read()
+        assert state is not None
+        assert state.reason == "again"
+
+
+@given(garbage=st.binary(min_size=512, max_size=512))
+def test_whatever_another_process_writes_over_it_makes_nothing_fail(garbage: bytes) -> None:
+    with EmergencyWord(None) as word:
+        word._map[:512] = garbage
+        word.read()
+        assert word.acknowledged is None
+        sequence = word.set(EmergencyLevel.MAJOR, "again", "cli")
+        word.acknowledge(sequence)
+        state = word.read()
+        assert state is not None
+        assert (state.sequence, state.reason) == (sequence, "again")
+        assert word.acknowledged is not None
+
+
+def test_a_word_that_stays_torn_costs_little_to_look_at(tmp_path: Path) -> None:
+    path = tmp_path / "word"
+    with EmergencyWord(path) as word:
+        word.set(EmergencyLevel.MINOR, "y" * 300, "cli")
+        with path.open("r+b") as file:
+            file.seek(100)
+            file.write(b"torn")
+        assert word.read() is None
+
+        def look() -> None:
+            for _ in range(100):
+                word.read()
+
+        assert count_calls(look).total() / 100 < 30
+
+
+def test_nobody_gets_between_a_look_and_a_writing_of_one_turn(tmp_path: Path) -> None:
+    path = tmp_path / "word"
+    with EmergencyWord(path) as ours, EmergencyWord(path) as theirs:
+        began = time.monotonic()
+        with ours.turn():
+            with path.open("rb") as file, pytest.raises(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            ours.set(EmergencyLevel.MINOR, "nested", "ours")
+            theirs.set(EmergencyLevel.MAJOR, "does not wait for ever", "theirs")
+        assert time.monotonic() - began < 1
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.mark.parametrize("where", ["file", "memory"])
+def test_threads_that_share_a_word_take_turns(tmp_path: Path, where: str) -> None:
+    numbers: list[int] = []
+
+    def write(word: EmergencyWord) -> None:
+        numbers.extend(word.set(EmergencyLevel.MINOR, f"{n}", "thread") for n in range(300))
+
+    with EmergencyWord(tmp_path / "word" if where == "file" else None) as word:
+        threads = [threading.Thread(target=write, args=(word,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(set(numbers)) == len(numbers) == 1200
+        state = word.read()
+        assert state is not None
+        assert state.sequence == max(numbers)
+
+
+FULL = """
+import os, resource, signal, sys
+from pathlib import Path
+from esper.tolaria.emergency import EmergencyWord
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
+before = len(os.listdir("/proc/self/fd"))
+try:
+    EmergencyWord(Path(sys.argv[1]))
+except OSError:
+    sys.exit(len(os.listdir("/proc/self/fd")) - before)
+"""
+
+
+@pytest.mark.parametrize("room", [0, 100])
+def test_without_room_for_it_the_word_is_refused_and_nothing_is_left(
+    tmp_path: Path, room: int
+) -> None:
+    command = [sys.executable, "-c", FULL, str(tmp_path / "word"), str(room)]
+    assert subprocess.run(command, check=False).returncode == 0
+    assert list(tmp_path.iterdir()) == []

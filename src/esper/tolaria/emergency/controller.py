@@ -3,13 +3,15 @@
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from esper.leyline import EmergencyLevel, EmergencySignal, Level
+from esper.leyline import EmergencyLevel, EmergencySignal
 from esper.tolaria.emergency.broadcast import Announce, Broadcasts
 from esper.tolaria.emergency.bucket import TokenBucket
+from esper.tolaria.emergency.notices import Notices
 from esper.tolaria.emergency.word import EmergencyWord, WordState
 
 _COUNTERS = ("escalations", "suppressed", "late_acts")
@@ -101,7 +103,7 @@ class EmergencyController:
         self._broadcasts = broadcasts
         self._identity = identity
         self._bucket = bucket
-        self._announce = announce
+        self._notices = Notices(announce)
         self._lock = threading.RLock()
         self._counts = dict.fromkeys(_COUNTERS, 0)
         self._last_act_ms: float | None = None
@@ -126,16 +128,18 @@ class EmergencyController:
             raise ValueError("an escalation needs a reason; say in one sentence what happened")
         began = time.perf_counter()
         with self._lock:
-            raised = wanted > self.level
-            if not raised and not self._bucket.take():
+            self._listen()
+            error = self._raise(wanted, reason, origin)
+            if error is None and not self._bucket.take():
                 self._counts["suppressed"] += 1
                 done = Escalation(wanted, reason, origin, time.time(), suppressed=True)
             else:
-                # The level only rises: a lower one is told, and the higher one stays.
-                error = self._set(max(wanted, self.level), reason, origin) if raised else ""
+                # One that does not raise the level is told all the same.
                 self._tell(wanted, reason, origin)
                 latency_ms = (time.perf_counter() - began) * 1e3
-                done = Escalation(wanted, reason, origin, time.time(), latency_ms, error=error)
+                done = Escalation(
+                    wanted, reason, origin, time.time(), latency_ms, error=error or ""
+                )
             self.last_escalation = done
         return done
 
@@ -145,7 +149,7 @@ class EmergencyController:
         :raises ValueError: the level is not below the present one.
         """
         wanted = EmergencyLevel.parse(level)
-        with self._lock:
+        with self._turn():
             if wanted >= self.level:
                 raise ValueError(
                     f"the level is {self.level.name.lower()}; {wanted.name.lower()} is not below it"
@@ -154,7 +158,7 @@ class EmergencyController:
 
     def reset(self, reason: str = "") -> None:
         """End the emergency: level, reason and timestamp are cleared, here and in the word."""
-        with self._lock:
+        with self._turn():
             if self.level is not EmergencyLevel.NONE:
                 self._lower(EmergencyLevel.NONE, reason, "engine")
 
@@ -163,16 +167,20 @@ class EmergencyController:
 
         The epoch in which the level changed does not count.
         """
-        with self._lock:
+        if self.level is EmergencyLevel.NONE:
+            return
+        with self._turn():
             whole, self._changed = not self._changed, False
             if whole and healthy:
-                self.reset("a healthy epoch has passed")
+                self._lower(EmergencyLevel.NONE, "a healthy epoch has passed", "engine")
 
     def take_order(self) -> Order | None:
         """Return the newest level that was not acted on, once; None when nothing is new."""
-        if self._word.sequence != self._seen:
-            self._hear()
-        order, self._order = self._order, None
+        if self._word.sequence == self._seen and self._order is None:
+            return None
+        with self._lock:
+            self._listen()
+            order, self._order = self._order, None
         return order
 
     def acted(self, order: Order) -> None:
@@ -183,14 +191,9 @@ class EmergencyController:
             if order.level is EmergencyLevel.NONE:
                 return
             self._last_act_ms = milliseconds
-            allowed = order.level.act_within_s * 1e3
-            late = milliseconds > allowed
+            late = milliseconds > order.level.act_within_s * 1e3
             self._counts["late_acts"] += late
-            name = order.level.name.lower()
-            message = f"{name}: acted on after {milliseconds:.4g} ms; {allowed:g} ms are allowed"
-            data = {"level": name, "latency_ms": milliseconds, "origin": order.origin}
-            event = "emergency_acted_late" if late else "emergency_acted"
-            self._announce(event, message, Level.WARNING if late else Level.INFO, data)
+            self._notices.acted(order.level, order.origin, milliseconds, late=late)
 
     def pump(self) -> None:
         """Carry broadcasts on; costs next to nothing when there are none."""
@@ -204,7 +207,8 @@ class EmergencyController:
         while self._broadcasts.pending and time.monotonic() < end:
             self.pump()
             time.sleep(_PAUSE_S)
-        self._word.close()
+        with self._lock:
+            self._word.close()
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics by name; what was not measured is absent."""
@@ -224,12 +228,14 @@ class EmergencyController:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the broadcasts that wait, and the counters; a level does not outlive its run."""
-        return {"broadcasts": self._broadcasts.state_dict(), "counts": dict(self._counts)}
+        with self._lock:
+            return {"broadcasts": self._broadcasts.state_dict(), "counts": dict(self._counts)}
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
         """Continue from :meth:`state_dict`."""
-        self._broadcasts.load_state_dict(state_dict["broadcasts"])
-        self._counts.update(state_dict["counts"])
+        with self._lock:
+            self._broadcasts.load_state_dict(state_dict["broadcasts"])
+            self._counts.update(state_dict["counts"])
 
     def _set(self, level: EmergencyLevel, reason: str, origin: str) -> str:
         """Set the level in word and memory; return what went wrong with the word."""
@@ -239,8 +245,7 @@ class EmergencyController:
             self._seen = self._word.set(level, reason, origin)
         except (OSError, ValueError) as problem:
             error = f"{type(problem).__name__}: {problem}"
-            message = f"other processes could not be told of an emergency: {error}"
-            self._announce("emergency_word_failed", message, Level.CRITICAL, {"error": error})
+            self._notices.word_failed(error)
         self._adopt(WordState(level, self._seen, issued_ns, 0, origin, reason))
         return error
 
@@ -254,14 +259,7 @@ class EmergencyController:
 
     def _tell(self, level: EmergencyLevel, reason: str, origin: str) -> None:
         self._counts["escalations"] += 1
-        name = level.name.lower()
-        loud = level >= EmergencyLevel.SEVERE
-        self._announce(
-            "emergency_escalated",
-            f"emergency {name} ({origin}): {reason}",
-            Level.CRITICAL if loud else Level.WARNING,
-            {"level": name, "reason": reason, "origin": origin, "present": self.level.name.lower()},
-        )
+        self._notices.escalated(level, reason, origin, self.level)
         signal = EmergencySignal(
             id=uuid.uuid4().hex,
             level=level,
@@ -277,46 +275,49 @@ class EmergencyController:
     def _lower(self, level: EmergencyLevel, reason: str, origin: str) -> None:
         before = self.level
         self._set(level, reason, origin)
-        self._tell_lowered(before, level, reason, origin)
+        self._notices.lowered(before, level, reason, origin)
 
-    def _tell_lowered(
-        self, before: EmergencyLevel, level: EmergencyLevel, reason: str, origin: str
-    ) -> None:
-        why = f": {reason}" if reason else ""
-        data = {"before": before.name.lower(), "level": level.name.lower(), "origin": origin}
-        if level is EmergencyLevel.NONE:
-            message = f"emergency {before.name.lower()} is over ({origin}){why}"
-            self._announce("emergency_cleared", message, Level.INFO, data)
-        else:
-            message = f"emergency {before.name.lower()} lowered to {level.name.lower()}{why}"
-            self._announce("emergency_downgraded", message, Level.WARNING, data)
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Hear what others have said, and let nobody say anything until what follows is done."""
+        with self._lock, self._word.turn():
+            self._listen()
+            yield
 
-    def _hear(self) -> None:
+    def _raise(self, level: EmergencyLevel, reason: str, origin: str) -> str | None:
+        """Set a level above the present one, and return what went wrong; None when it is not."""
+        if level <= self.level:
+            return None
+        with self._turn():
+            return self._set(level, reason, origin) if level > self.level else None
+
+    def _listen(self) -> None:
         """Take over what another process has set."""
-        with self._lock:
-            state = self._word.read()
-            # A writing that is under way, or torn, is looked at again next time.
-            if state is None or state.sequence == self._seen:
-                return
-            self._seen = state.sequence
-            before = self.level
-            self._adopt(state)
-            if state.level >= before and state.level is not EmergencyLevel.NONE:
-                self._tell(state.level, state.reason, state.origin)
-            elif state.level < before:
-                self._tell_lowered(before, state.level, state.reason, state.origin)
+        state = None
+        # A word that has been closed says nothing any more.
+        with suppress(ValueError):
+            if self._word.sequence != self._seen:
+                state = self._word.read()
+        # A writing that is under way, or torn, is looked at again next time.
+        if state is None or state.sequence == self._seen:
+            return
+        self._seen = state.sequence
+        before = self.level
+        self._adopt(state)
+        if state.level < before:
+            self._notices.lowered(before, state.level, state.reason, state.origin)
+        elif state.level is not EmergencyLevel.NONE:
+            self._tell(state.level, state.reason, state.origin)
 
     def _clear_left_over(self) -> None:
         state = self._word.read()
-        if state is None or state.level is EmergencyLevel.NONE:
+        if state is not None and state.level is EmergencyLevel.NONE:
             return
+        # One that was left torn is written anew: others could not read it either.
         self._set(EmergencyLevel.NONE, "left over from an earlier process", "engine")
         self._order = None
-        message = (
-            f"emergency {state.level.name.lower()} of an earlier process ({state.reason}) is over"
-        )
-        data = {"before": state.level.name.lower(), "level": "none", "origin": "engine"}
-        self._announce("emergency_cleared", message, Level.INFO, data)
+        if state is not None:
+            self._notices.left_over(state.level, state.reason)
 
 
 def _order_of(state: WordState) -> Order:

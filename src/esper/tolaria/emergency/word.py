@@ -4,13 +4,17 @@ It is a memory-mapped file of its own. Python's ``SharedMemory`` is not used: an
 exits deletes it for everybody.
 """
 
+import errno
 import fcntl
 import mmap
 import os
+import stat
 import struct
+import threading
 import time
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -19,15 +23,20 @@ from esper.leyline import EmergencyLevel
 
 _MAGIC = 0x45535052  # "ESPR"
 _VERSION = 1
-# sequence; magic, version, level, process, time of issue, checksum of those and the text
-_WORD = struct.Struct("<Q IHHI Q I")
+# sequence, magic, version, level, process, time of issue; then a checksum of those and the text
+_HEAD = struct.Struct("<QIHHIQ")
+_CHECKSUM = struct.Struct("<I")
+_WORD_SIZE = _HEAD.size + _CHECKSUM.size
+_LARGEST = 2**64 - 1
 _ORIGIN, _REASON = 32, 352
 _TEXT_AT = 64
 _ACKNOWLEDGED_AT = _TEXT_AT + _ORIGIN + _REASON
 _ACKNOWLEDGEMENT = struct.Struct("<QQI")
 _SIZE = 512
 _TRIES = 50
-_LOCK_TRIES = 5
+_REWRITES = 5
+_JUMP_BYTES = 4
+_PATIENCE_S = 0.005
 _LOCK_PAUSE_S = 0.001
 
 
@@ -69,6 +78,10 @@ class EmergencyWord:
         self._map = mmap.mmap(self._file, _SIZE)
         # Eight aligned bytes are read at once, by a processor and by this view.
         self._numbers = memoryview(self._map).cast("Q")
+        self._threads = threading.RLock()
+        self._turns = 0
+        self._alone = False
+        self._unreadable = -1
         if path is None:
             self._map[:_SIZE] = _blank()
 
@@ -87,33 +100,58 @@ class EmergencyWord:
         """Write level and reason; return the number of this writing.
 
         Writers take turns. One that has been stopped does not hold up this one for longer than a
-        few milliseconds; what both then write at the same time, the checksum refuses.
+        few milliseconds; when it goes on, it sees that it was overtaken, and writes again. At
+        worst the number falls then, to one that was never used.
         """
-        locked = self._lock()
+        text = _encode(origin, _ORIGIN) + _encode(reason, _REASON)
+        with self.turn() as alone:
+            # Out of turn, it keeps away from the numbers of the one whose turn it is.
+            jump = 0 if alone else 2 * int.from_bytes(os.urandom(_JUMP_BYTES), "little")
+            for _ in range(_REWRITES):
+                under_way = (self._numbers[0] + jump + 1 | 1) & _LARGEST
+                done = under_way + 1 & _LARGEST
+                self._numbers[0] = under_way
+                head = _HEAD.pack(done, _MAGIC, _VERSION, level, os.getpid(), time.monotonic_ns())
+                self._map[_TEXT_AT:_ACKNOWLEDGED_AT] = text
+                self._map[8:_WORD_SIZE] = head[8:] + _checksum(head, text)
+                if self._numbers[0] == under_way:
+                    break
+            self._numbers[0] = done
+        return done
+
+    @contextmanager
+    def turn(self) -> Iterator[bool]:
+        """Keep other writers off, so that nothing comes between a look and a writing.
+
+        For some milliseconds: others go on when this takes longer, and so does this. The value is
+        whether it is this one's turn.
+        """
+        end = time.monotonic() + _PATIENCE_S
+        mine = self._threads.acquire(timeout=_PATIENCE_S)
+        if mine and self._turns == 0:
+            self._alone = self._lock(end)
+        self._turns += mine
         try:
-            before = self._numbers[0]
-            under_way = before + 1 if before % 2 == 0 else before + 2
-            self._numbers[0] = under_way
-            text = _encode(origin, _ORIGIN) + _encode(reason, _REASON)
-            head = (_MAGIC, _VERSION, int(level), os.getpid(), time.monotonic_ns())
-            checksum = _checksum(head, text)
-            self._map[_TEXT_AT : _TEXT_AT + len(text)] = text
-            self._map[8 : _WORD.size] = _WORD.pack(under_way, *head, checksum)[8:]
-            self._numbers[0] = under_way + 1
-            return under_way + 1
+            yield mine and self._alone
         finally:
-            if locked:
-                fcntl.flock(self._file, fcntl.LOCK_UN)
+            self._turns -= mine
+            if mine and self._turns == 0:
+                self._unlock()
+            if mine:
+                self._threads.release()
 
     def read(self) -> WordState | None:
         """Return what the word says; None when it cannot be told at present."""
-        for _ in range(_TRIES):
+        before = self._numbers[0]
+        # What could not be told a moment ago is looked at once, until there is another writing.
+        for _ in range(1 if before == self._unreadable else _TRIES):
             before = self._numbers[0]
-            data = bytes(self._map[:_ACKNOWLEDGED_AT])
-            if before % 2 == 0 and self._numbers[0] == before:
-                state = _decode(data)
-                if state is not None:
-                    return state
+            if before % 2:
+                continue
+            data = self._map[:_ACKNOWLEDGED_AT]
+            if self._numbers[0] == before and (state := _decode(data)) is not None:
+                return state
+        self._unreadable = before
         return None
 
     def acknowledge(self, sequence: int) -> None:
@@ -139,15 +177,23 @@ class EmergencyWord:
             os.close(self._file)
             self._file = -1
 
-    def _lock(self) -> bool:
-        for _ in range(_LOCK_TRIES if self._file >= 0 else 0):
+    def _lock(self, end: float) -> bool:
+        """Lock the file for this one; memory of this process needs no lock besides."""
+        while self._file >= 0:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
+                if time.monotonic() >= end:
+                    return False
                 time.sleep(_LOCK_PAUSE_S)
             else:
-                return True
-        return False
+                break
+        return True
+
+    def _unlock(self) -> None:
+        # Another thread may have closed the file meanwhile, and that has unlocked it.
+        if self._alone and self._file >= 0:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
 def _open(path: Path) -> int:
@@ -159,39 +205,43 @@ def _open(path: Path) -> int:
         os.close(file)
     # Made under another name first: nobody ever sees half a file.
     made = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with suppress(FileNotFoundError):
-        made.unlink()
+    made.unlink(missing_ok=True)
     file = os.open(made, flags | os.O_CREAT | os.O_EXCL, 0o600)
-    os.write(file, _blank())
-    made.replace(path)
+    try:
+        if os.write(file, _blank()) < _SIZE:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(made))
+        made.replace(path)
+    except OSError:
+        os.close(file)
+        made.unlink(missing_ok=True)
+        raise
     return file
 
 
 def _is_word(file: int) -> bool:
-    data = os.pread(file, _SIZE + 1, 0)
-    if len(data) != _SIZE:
+    status = os.fstat(file)
+    if not stat.S_ISREG(status.st_mode) or status.st_size != _SIZE:
         return False
-    _, magic, version, *_ = _WORD.unpack_from(data)
+    _, magic, version, *_ = _HEAD.unpack_from(os.pread(file, _HEAD.size, 0))
     return bool(magic == _MAGIC and version == _VERSION)
 
 
 def _blank() -> bytes:
     text = bytes(_ORIGIN + _REASON)
-    head = (_MAGIC, _VERSION, 0, 0, 0)
-    word = _WORD.pack(0, *head, _checksum(head, text)).ljust(_TEXT_AT, b"\0")
+    head = _HEAD.pack(0, _MAGIC, _VERSION, EmergencyLevel.NONE, 0, 0)
+    word = (head + _checksum(head, text)).ljust(_TEXT_AT, b"\0")
     return (word + text).ljust(_SIZE, b"\0")
 
 
-def _checksum(head: tuple[int, ...], text: bytes) -> int:
-    return zlib.crc32(repr(head).encode() + text)
+def _checksum(head: bytes, text: bytes) -> bytes:
+    return _CHECKSUM.pack(zlib.crc32(text, zlib.crc32(head)))
 
 
 def _decode(data: bytes) -> WordState | None:
-    sequence, *head, checksum = _WORD.unpack_from(data)
-    text = data[_TEXT_AT:]
-    magic, version, level, process, issued_ns = head
+    head, text = data[: _HEAD.size], data[_TEXT_AT:]
+    sequence, magic, version, level, process, issued_ns = _HEAD.unpack(head)
     known = magic == _MAGIC and version == _VERSION and level <= EmergencyLevel.CRITICAL
-    if not known or checksum != _checksum(tuple(head), text):
+    if not known or data[_HEAD.size : _WORD_SIZE] != _checksum(head, text):
         return None
     return WordState(
         level=EmergencyLevel(level),
