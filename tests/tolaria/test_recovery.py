@@ -1,17 +1,19 @@
 import os
 import time
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 import torch
 
-from esper.leyline import Action, Tier, Verdict
+from esper.leyline import Action, StepRecord, Tier, Verdict
 from esper.tolaria import TolariaTrainer
 from esper.tolaria.recovery import Recovery
 from support.jobs import config, two_task_job
 from support.sinks import Memory
 
+UNDER_WAY: list[Generator[StepRecord, None, None]] = []
 BACK_TO_25 = Verdict(Action.ROLLBACK, "test", True, first_suspect=33, before_step=25)
 
 
@@ -23,8 +25,16 @@ def trained(tmp_path: Path, steps: int = 35, **sections: dict[str, object]) -> T
     generator = trainer.steps()
     for _ in range(steps):
         next(generator)
-    trainer.generator = generator  # type: ignore[attr-defined]  # kept alive for the test
+    UNDER_WAY.append(generator)
     return trainer
+
+
+@pytest.fixture(autouse=True)
+def ended() -> Iterator[None]:
+    """End the runs of a test with it, not when they happen to be collected."""
+    yield
+    while UNDER_WAY:
+        UNDER_WAY.pop().close()
 
 
 def recovery(trainer: TolariaTrainer) -> Recovery:
@@ -173,7 +183,8 @@ def test_a_checkpoint_is_read_by_a_process_of_its_own(tmp_path: Path) -> None:
 
 def test_a_file_system_that_hangs_is_given_up_on_and_memory_serves(tmp_path: Path) -> None:
     trainer = trained(tmp_path, checkpoints={"restore_deadline_ms": 3000})
-    for path in (tmp_path / "checkpoints").glob("step-*/MANIFEST.json"):
+    manifests = list((tmp_path / "checkpoints").glob("step-*/MANIFEST.json"))
+    for path in manifests:
         # Whoever opens this to read waits for ever.
         path.unlink()
         os.mkfifo(path)
@@ -184,6 +195,9 @@ def test_a_file_system_that_hangs_is_given_up_on_and_memory_serves(tmp_path: Pat
     assert "tolaria.rollback did not end within 3000 ms" in result.error
     assert 3 <= time.monotonic() - began < 8
     assert trainer.metrics_snapshot()["tolaria.timeout.rollback.timeout"] == 1
+    # Or saving at the end would read them, on this thread.
+    for path in manifests:
+        path.unlink()
 
 
 def test_with_a_closed_worker_a_checkpoint_is_read_all_the_same(tmp_path: Path) -> None:
