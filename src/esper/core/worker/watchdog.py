@@ -12,7 +12,7 @@ from esper.core.worker.stats import LoopStall
 _INTERVAL_S = 0.05
 _STALLS_KEPT = 16
 # Share of a processor above which the loop is taken to spin.
-_SPINNING = 0.3
+_SPINNING = 0.03
 
 
 class Watchdog:
