@@ -9,6 +9,7 @@ from esper.core.config import BreakerConfig
 from esper.core.worker import AsyncWorker, Isolation, Outcome
 from esper.leyline import Level
 from esper.tolaria.dependency import Dependency, Surroundings
+from support.calls import until
 from support.calls_out import double, fail, sleep, spin
 
 
@@ -95,6 +96,7 @@ def test_a_missed_deadline_is_told_repeated_it_is_trouble_and_the_third_opens_th
         assert not answer.ok
         assert dependency.counts["timeout"] == count
         assert len(listener.trouble) == [0, 1, 2][count - 1]
+        until(lambda: not worker.stats().live)  # nothing is asked before the process is gone
     assert listener.events == ["tamiyo_timeout"] * 3 + ["breaker_opened"]
     assert listener.trouble == [
         "tamiyo missed its deadline 2 times in a row",
