@@ -21,13 +21,13 @@ from esper.core.config import GuardConfig, SnapshotConfig, TrainConfig
 from esper.jobs import digits
 from esper.leyline import Action
 from esper.tolaria import Guard, TolariaConfig, TolariaTrainer
-from esper.tolaria.guard import LossStatistics
+from esper.tolaria.guard import RobustStatistics
 
 SYNTHETIC_STEPS = 600
 PER_NOISE = 24
 
 
-class LinearStatistics(LossStatistics):
+class LinearStatistics(RobustStatistics):
     """The same statistics with distances on a linear scale."""
 
     def distance(self, loss: float) -> float:
@@ -45,7 +45,7 @@ def main() -> int:
     print(f"\n{len(healthy)} healthy runs, {steps:,} steps; {len(bad)} synthetic divergences\n")
     print("| scale | divergences called in healthy runs | caught | called too early | delay |")
     print("|---|---:|---:|---:|---:|")
-    for name, make in {"logarithmic (ours)": LossStatistics, "linear": LinearStatistics}.items():
+    for name, make in {"logarithmic (ours)": RobustStatistics, "linear": LinearStatistics}.items():
         alarms = sum(len(called(losses, make)) for losses in healthy)
         firsts = [(start, called(losses, make)[:1]) for start, losses in bad]
         delays = [hit[0] - start for start, hit in firsts if hit and hit[0] >= start]
@@ -55,7 +55,7 @@ def main() -> int:
     return 0
 
 
-def called(losses: list[float], make: Callable[[int], LossStatistics]) -> list[int]:
+def called(losses: list[float], make: Callable[[int], RobustStatistics]) -> list[int]:
     """Return the steps at which a divergence is called; training is taken to go on after each."""
     config = GuardConfig(max_rollbacks=10**6)
     guard = Guard(config)

@@ -12,80 +12,15 @@ cannot raise the bar it is measured with, nor ordinary noise be left out of the 
 """
 
 import math
-from bisect import bisect_left, insort
-from collections import deque
 from typing import Any
 
 import msgspec
 
 from esper.core.config import GuardConfig
 from esper.leyline import COMMIT, Action, Tier, Verdict
+from esper.tolaria.guard.statistics import RobustStatistics
 
-_EWA_DECAY = 0.95
-# The deviation is never taken for less than this, as a share of the median: a loss that has become
-# almost constant would otherwise call its own rounding a spike.
-_SMALLEST_DEVIATION = 0.01
-_TINY = 1e-30
 _ON_PROBATION = Verdict(Action.COMMIT, suspicious=True)
-
-
-class LossStatistics:
-    """Median, median absolute deviation and exponential average of the last healthy losses.
-
-    :param window: losses that median and deviation look back on.
-    """
-
-    def __init__(self, window: int) -> None:
-        self._recent: deque[float] = deque(maxlen=window)
-        self._sorted: list[float] = []
-        self.average = math.nan
-
-    def __len__(self) -> int:
-        return len(self._recent)
-
-    def add(self, loss: float, ceiling: float = math.inf) -> None:
-        """Take in one finite loss.
-
-        :param ceiling: the average counts it for no more than this: one giant loss would blind it.
-        """
-        if len(self._recent) == self._recent.maxlen:
-            oldest = self._recent.popleft()
-            del self._sorted[bisect_left(self._sorted, oldest)]
-        self._recent.append(loss)
-        insort(self._sorted, loss)
-        if math.isnan(self.average):
-            self.average = loss
-        else:
-            self.average = _EWA_DECAY * self.average + (1 - _EWA_DECAY) * min(loss, ceiling)
-
-    @property
-    def median(self) -> float:
-        """Median of the window."""
-        return self._sorted[len(self._sorted) // 2]
-
-    def distance(self, loss: float) -> float:
-        """Return how many median absolute deviations ``loss`` lies above the median."""
-        ordered = self._sorted
-        if ordered[0] > 0 and loss > 0:
-            center = math.log(ordered[len(ordered) // 2])
-            distances = [abs(math.log(value) - center) for value in ordered]
-            excess, smallest = math.log(loss) - center, _SMALLEST_DEVIATION
-        else:
-            center = ordered[len(ordered) // 2]
-            distances = [abs(value - center) for value in ordered]
-            excess, smallest = loss - center, max(_SMALLEST_DEVIATION * abs(center), _TINY)
-        distances.sort()
-        return excess / max(distances[len(distances) // 2], smallest)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return window and average."""
-        return {"recent": list(self._recent), "average": self.average}
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Continue from :meth:`state_dict`."""
-        self._recent = deque(state_dict["recent"], maxlen=self._recent.maxlen)
-        self._sorted = sorted(self._recent)
-        self.average = state_dict["average"]
 
 
 class RecoveryHistory(msgspec.Struct):
@@ -120,7 +55,7 @@ class Guard:
         self.strictness = 1.0
         self.config = config or GuardConfig()
         self.history = RecoveryHistory()
-        self.statistics = LossStatistics(self.config.window)
+        self.statistics = RobustStatistics(self.config.window)
         self._spikes = 0
         self._high = 0
         self._not_finite = 0

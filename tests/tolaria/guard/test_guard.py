@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from esper.core.config import ConservativeConfig, GuardConfig
 from esper.leyline import Action, Tier
-from esper.tolaria.guard import Guard, LossStatistics, NullGuard
+from esper.tolaria.guard import Guard, RobustStatistics, NullGuard
 
 
 def settled(config: GuardConfig | None = None, loss: float = 1.0) -> Guard:
@@ -225,7 +225,7 @@ def test_log_normal_noise_around_a_falling_loss_raises_no_alarm(seed: int, sprea
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=200))
 def test_the_window_keeps_its_order(losses: list[float]) -> None:
-    statistics = LossStatistics(window=16)
+    statistics = RobustStatistics(window=16)
     for loss in losses:
         statistics.add(loss)
     assert statistics.median == sorted(losses[-16:])[len(losses[-16:]) // 2]
