@@ -215,7 +215,11 @@ def test_a_full_disk_is_an_error_and_older_checkpoints_stay(tmp_path: Path) -> N
             store.save(small, step=1)
             with pytest.raises(CheckpointError, match="No space left"):
                 store.save(large, step=2)
-            assert sorted(path.name for path in tmp_path.iterdir()) == ["LOCK", "step-000000001"]
+            assert sorted(path.name for path in tmp_path.iterdir()) == [
+                "JOURNAL",
+                "LOCK",
+                "step-000000001",
+            ]
             small.set(3)
             store.save(small, step=3)
         fresh = Stamped(1000)

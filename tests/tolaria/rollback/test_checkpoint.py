@@ -4,7 +4,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from esper.leyline import CheckpointError, ConfigError
-from esper.tolaria.rollback import CheckpointStore, checkpoint, is_locked, manifest, tensor_file
+from esper.tolaria.rollback import CheckpointStore, FileSystem, generation, is_locked, manifest
 from esper.tolaria.state import Capture
 from support.states import Stamped
 
@@ -48,17 +48,15 @@ def through_a_checkpoint(state: Given) -> Capture:
     return state.got
 
 
-def damaging(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the last bit of each tensor file that is written come out wrong."""
-    write = tensor_file.write_tensors
+class Damaging(FileSystem):
+    """Lets the last bit of each tensor file come out wrong."""
 
-    def damage(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
-        digests = write(path, tensors)
-        content = path.read_bytes()
-        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        return digests
-
-    monkeypatch.setattr(checkpoint, "write_tensors", damage)
+    def sync(self, file: BinaryIO) -> None:
+        super().sync(file)
+        path = Path(file.name)
+        if path.suffix == ".safetensors":
+            content = path.read_bytes()
+            path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
 def saved(directory: Path, *steps: int, keep: int = 3, healthy: bool = True) -> Stamped:
@@ -145,13 +143,10 @@ def test_the_newest_and_the_newest_healthy_are_kept(tmp_path: Path) -> None:
         assert [info.healthy for info in store.list()] == [False, False, True]
 
 
-def test_nothing_is_deleted_while_the_newest_is_damaged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_is_deleted_while_the_newest_is_damaged(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2, 3)
     before = sorted(tmp_path.iterdir())
-    damaging(monkeypatch)
-    with CheckpointStore(tmp_path, keep=1) as store:
+    with CheckpointStore(tmp_path, keep=1, disk=Damaging()) as store:
         for step in (3, 4):
             with pytest.raises(CheckpointError, match="cannot be read back"):
                 store.save(Stamped(), step=step)
@@ -263,12 +258,12 @@ def test_a_reader_finds_the_next_checkpoint_when_a_writer_retires_its_own(
         writer.save(state, step=1)
 
         def overtaken(path: Path) -> object:
-            monkeypatch.setattr(checkpoint, "read_manifest", read)
+            monkeypatch.setattr(generation, "read_manifest", read)
             state.set(2)
             writer.save(state, step=2)
             return read(path)
 
-        monkeypatch.setattr(checkpoint, "read_manifest", overtaken)
+        monkeypatch.setattr(generation, "read_manifest", overtaken)
         assert CheckpointStore(tmp_path).load_latest(reader).step == 2
     assert reader.is_step(2)
 
@@ -371,6 +366,7 @@ def test_debris_of_a_killed_writer_is_swept(tmp_path: Path) -> None:
         (tmp_path / name / "part").write_bytes(b"x")
     saved(tmp_path, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "JOURNAL",
         "LOCK",
         "step-000000001",
         "step-000000002",

@@ -7,7 +7,7 @@ import xxhash
 
 from esper.leyline import CheckpointError
 from esper.tolaria.rollback import durable
-from esper.tolaria.rollback.durable import WriterLock, is_locked
+from esper.tolaria.rollback.durable import FileSystem, WriterLock, is_locked
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -79,26 +79,41 @@ def test_a_file_that_exists_is_not_written_over(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
-def test_the_whole_way_to_a_new_directory_is_synced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    synced: list[Path] = []
-    monkeypatch.setattr(durable, "sync_directory", synced.append)
-    durable.make_directory(tmp_path / "runs" / "one" / "checkpoints")
-    assert synced[:3] == [tmp_path / "runs" / "one", tmp_path / "runs", tmp_path]
-    durable.make_directory(tmp_path / "runs" / "one" / "checkpoints")
+class Noting(FileSystem):
+    """Notes which directories were brought to the disk."""
+
+    def __init__(self) -> None:
+        self.synced: list[Path] = []
+
+    def sync_directory(self, path: Path) -> None:
+        super().sync_directory(path)
+        self.synced.append(path)
+
+
+def test_the_whole_way_to_a_new_directory_is_synced(tmp_path: Path) -> None:
+    disk = Noting()
+    durable.make_directory(tmp_path / "runs" / "one" / "checkpoints", disk)
+    assert disk.synced[:3] == [tmp_path / "runs" / "one", tmp_path / "runs", tmp_path]
+    durable.make_directory(tmp_path / "runs" / "one" / "checkpoints", disk)
 
 
 def test_directories_of_others_on_the_way_are_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    theirs = tmp_path.parent
-    synced: list[Path] = []
+    theirs, disk = tmp_path.parent, Noting()
     # The superuser may write everywhere, so permissions cannot be set up for real.
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != theirs)
-    monkeypatch.setattr(durable, "sync_directory", synced.append)
-    durable.make_directory(tmp_path / "runs")
-    assert synced == [tmp_path]
+    durable.make_directory(tmp_path / "runs", disk)
+    assert disk.synced == [tmp_path]
+
+
+@pytest.mark.parametrize("content", [b"torn", b""])
+def test_space_that_was_set_aside_and_not_written_is_cut_off(
+    tmp_path: Path, content: bytes
+) -> None:
+    with durable.synced_file(tmp_path / "file", size=3 << 20) as file:
+        file.write(content)
+    assert (tmp_path / "file").read_bytes() == content
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1])

@@ -150,3 +150,50 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCacheMachine = CacheMachine.TestCase
+
+
+def test_a_held_snapshot_keeps_its_content_whatever_comes_after() -> None:
+    state = Numbers()
+    cache = FastRollbackCache(1, max_snapshots=2)
+    state.set(1)
+    first = cache.put(1, state)
+    assert first is not None
+    with pytest.raises(RuntimeError, match="released but not held"):
+        first.release()
+    first.hold().hold()
+    for step in range(1, 9):
+        state.set(step + 10)
+        newest = cache.put(step, state)
+        assert newest is not None
+        assert cache.size_bytes == first.nbytes + newest.nbytes
+    assert bool((first.capture().tensors["tensor"] == 1).all())
+    assert first.capture().values == {"value": 1}
+    first.release()
+    first.release()
+    assert not first.held
+
+
+def test_memory_that_is_still_read_counts_and_is_not_given_away() -> None:
+    state = Numbers()
+    cache = FastRollbackCache(snapshot_bytes(state) * 1.5 / 2**20)
+    first = cache.put(1, state)
+    assert first is not None
+    first.hold()
+    for step in (1, 2):
+        assert cache.put(step, state) is None, "the only slot is being read"
+    assert cache.size_bytes == first.nbytes
+    first.release()
+    second = cache.put(3, state)
+    assert second is not None
+    assert second.capture().tensors["tensor"].data_ptr() == (
+        first.capture().tensors["tensor"].data_ptr()
+    )
+
+
+def test_how_long_a_restore_takes_is_predicted_from_the_last_copy() -> None:
+    state = Numbers(4_000_000)
+    cache = FastRollbackCache(64)
+    cache.put(1, state)
+    snapshot = cache.put(1, state)
+    assert snapshot is not None
+    assert 0.1 < cache.predict_ms(snapshot) < 1000

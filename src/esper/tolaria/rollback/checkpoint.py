@@ -1,56 +1,52 @@
 """Tier 2: durable checkpoints that survive kills and power cuts, and are verified before use."""
 
-import json
+import math
 import re
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from esper.leyline import CheckpointError, ConfigError
+from esper.leyline import CheckpointError
 from esper.tolaria.rollback.durable import (
+    DISK,
+    FileSystem,
     WriterLock,
     committed_directory,
     discard_directory,
     make_directory,
     sweep,
-    synced_file,
 )
-from esper.tolaria.rollback.manifest import (
-    Manifest,
-    UnknownFormatError,
-    entry_of,
-    read_manifest,
-    verify_files,
-    write_manifest,
+from esper.tolaria.rollback.generation import (
+    CheckpointInfo,
+    Label,
+    describe,
+    generations,
+    name_of,
+    read_generation,
+    require_own_step,
+    set_pin,
+    step_of,
+    verify_generation,
+    write_generation,
 )
-from esper.tolaria.rollback.tensor_file import read_tensors, write_tensors
+from esper.tolaria.rollback.journal import Entry, Journal
+from esper.tolaria.rollback.manifest import Manifest, UnknownFormatError, read_manifest
+from esper.tolaria.rollback.retention import Candidate, Retention
 from esper.tolaria.state import Capturable, Capture
 
-_TENSORS = "tensors.safetensors"
-_VALUES = "state.json"
-_NAME = re.compile(r"step-(\d{9,})(?:\.(\d{3,}))?")
 _DAMAGED = ".damaged"
 _REASON_LENGTH = 48
 
 
-@dataclass(frozen=True)
-class CheckpointInfo:
-    """One checkpoint.
+class Content(Protocol):
+    """Whatever has a state to save: the live state, or a snapshot of it."""
 
-    :param step: steps taken in its state.
-    :param path: its directory.
-    :param bytes: size of its files.
-    :param latency_ms: milliseconds that saving or loading it took; 0 when it was only listed.
-    :param healthy: whether the divergence guard had no doubt about it.
-    """
-
-    step: int
-    path: Path
-    bytes: int
-    latency_ms: float
-    healthy: bool
+    def capture(self) -> Capture:
+        """Return the state."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -71,46 +67,70 @@ class CheckpointReport:
 
 
 class CheckpointStore:
-    """A directory of checkpoints with one writer.
+    """A directory of checkpoints with one writer. It is not for several threads at a time.
 
     :param directory: made when the first checkpoint is saved.
-    :param keep: newest checkpoints that are kept; the newest healthy one always is.
+    :param keep: which checkpoints are kept; a number keeps so many of the newest, and the newest
+        healthy one always.
+    :param disk: carries out what changes the disk.
     :raises ConfigError: ``keep`` is below 1.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 3) -> None:
-        if keep < 1:
-            raise ConfigError(f"keep is {keep}; at least 1 checkpoint must be kept")
+    def __init__(
+        self, directory: Path, *, keep: int | Retention = 3, disk: FileSystem = DISK
+    ) -> None:
         self.directory = directory
-        self._keep = keep
+        self._retention = keep if isinstance(keep, Retention) else Retention(keep)
+        self._disk = disk
         self._lock: WriterLock | None = None
+        self._journal = Journal(directory, disk)
+        self._journal_open = False
 
-    def save(self, state: Capturable, *, step: int, healthy: bool = True) -> CheckpointInfo:
+    def save(
+        self,
+        state: Content,
+        *,
+        step: int | None = None,
+        healthy: bool = True,
+        metrics: Mapping[str, float] | None = None,
+        before_commit: Callable[[], None] | None = None,
+    ) -> CheckpointInfo:
         """Write a checkpoint; when this returns, it is on the disk and was read back.
 
-        :param step: steps taken so far; a checkpoint of the same step is replaced.
+        :param state: the live state, or a snapshot that is held.
+        :param step: steps taken so far; a checkpoint of the same step is replaced. By default one
+            more than the newest has.
         :param healthy: False when the divergence guard doubts the state.
+        :param metrics: validation metrics of the state, by name; one that is not finite is left out.
+        :param before_commit: called when all is on the disk but the name; what it raises undoes it.
         :raises CheckpointError: it could not be written; older checkpoints are untouched.
         """
         began = time.perf_counter()
+        if step is None:
+            step = max(map(step_of, generations(self.directory)), default=-1) + 1
         if step < 0:
             raise CheckpointError(f"cannot save step {step}; give the number of steps taken")
+        finite = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}
+        label = Label(step, healthy, finite)
         try:
             self._acquire()
-            older = [path for path in self._paths() if _step_of(path) == step]
-            final = self.directory / _name(step, older)
-            with committed_directory(final) as directory:
-                manifest = self._fill(directory, state.capture(), step, healthy)
+            older = [path for path in generations(self.directory) if step_of(path) == step]
+            final = self.directory / name_of(step, older)
+            with committed_directory(final, self._disk, before_commit=before_commit) as directory:
+                manifest = write_generation(directory, state.capture(), label, self._disk)
                 # Whatever is deleted below, this checkpoint is known to be good by then.
-                self._read_back(directory)
-            for path in older:
-                discard_directory(path)
-            self._retire(final)
+                _read_back(directory)
         except OSError as error:
+            self._tell("failed", step=step, reason=str(error))
             raise CheckpointError(
                 f"cannot save a checkpoint in {self.directory}: {error}"
             ) from error
-        return _describe(final, manifest, (time.perf_counter() - began) * 1e3)
+        latency_ms = (time.perf_counter() - began) * 1e3
+        problem = self._tell("saved", final, step, data={"latency_ms": latency_ms})
+        for path in older:
+            problem = self._delete(path, "it was saved again") or problem
+        problem = self._retire(final) or problem
+        return describe(final, manifest, latency_ms, problem)
 
     def load_latest(self, state: Capturable, *, before_step: int | None = None) -> CheckpointInfo:
         """Restore the newest valid checkpoint; damaged ones are set aside and passed over.
@@ -134,14 +154,13 @@ class CheckpointStore:
         problems: dict[Path, str] = {}
         while path := self._newest(before_step, problems):
             try:
-                manifest, capture = self._read(path)
-                _require_own_step(path, manifest)
+                manifest, capture = read_generation(path)
             except CheckpointError as error:
                 # What a newer Esper wrote is not ours to move; only damage is set aside.
                 foreign = isinstance(error, UnknownFormatError)
                 problems[path] = str(error) + ("" if foreign else self._set_aside(path, error))
                 continue
-            return _describe(path, manifest, (time.perf_counter() - began) * 1e3), capture
+            return describe(path, manifest, (time.perf_counter() - began) * 1e3), capture
         tried = "; ".join(problems.values()) or "there is none"
         limit = "" if before_step is None else f" of step {before_step} or earlier"
         raise CheckpointError(f"no valid checkpoint{limit} in {self.directory}: {tried}")
@@ -153,36 +172,64 @@ class CheckpointStore:
         """
         try:
             self._acquire()
-            for path in self._paths():
-                if _step_of(path) > step:
-                    discard_directory(path)
         except OSError as error:
-            raise CheckpointError(
-                f"cannot delete the checkpoints after step {step} in {self.directory}: {error}"
-            ) from error
+            raise CheckpointError(f"cannot write in {self.directory}: {error}") from error
+        for path in generations(self.directory):
+            if step_of(path) > step:
+                problem = self._delete(path, f"training went back to step {step}")
+                if problem:
+                    raise CheckpointError(problem)
+
+    def pin(self, step: int, *, pinned: bool = True) -> CheckpointInfo:
+        """Keep the checkpoint of a step for good, or let it go again.
+
+        :raises CheckpointError: there is none of this step, or it cannot be marked.
+        """
+        for info in self.list():
+            if info.step == step:
+                break
+        else:
+            raise CheckpointError(f"there is no checkpoint of step {step} in {self.directory}")
+        try:
+            self._acquire()
+            set_pin(info.path, pinned, self._disk)
+        except OSError as error:
+            raise CheckpointError(f"cannot mark {info.path}: {error}") from error
+        problem = self._tell("pinned" if pinned else "unpinned", info.path, step)
+        return describe(info.path, read_manifest(info.path), 0.0, problem)
 
     def verify(self) -> list[CheckpointReport]:
         """Check every checkpoint against its digests, newest first; nothing is changed."""
         return [
-            CheckpointReport(_step_of(path), path, self._problem(path)) for path in self._paths()
+            CheckpointReport(step_of(path), path, _problem(path))
+            for path in generations(self.directory)
         ]
 
     def list(self) -> list[CheckpointInfo]:
         """List the checkpoints whose manifest can be read, newest first."""
         infos = []
-        for path in self._paths():
-            try:
-                infos.append(_describe(path, read_manifest(path), 0.0))
-            except CheckpointError:
-                # verify() is what tells about damage.
-                continue
+        for path in generations(self.directory):
+            # verify() is what tells about damage.
+            with suppress(CheckpointError):
+                infos.append(describe(path, read_manifest(path), 0.0))
         return infos
+
+    def history(self) -> Sequence[Entry]:
+        """Return what has happened to checkpoints of this directory, oldest first.
+
+        :raises CheckpointError: the journal is there and cannot be read.
+        """
+        try:
+            return self._journal.read()
+        except OSError as error:
+            raise CheckpointError(f"the journal cannot be read: {error}") from error
 
     def close(self) -> None:
         """Let another process write."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+            self._journal_open = False
 
     def __enter__(self) -> "CheckpointStore":
         return self
@@ -192,61 +239,55 @@ class CheckpointStore:
 
     def _acquire(self) -> None:
         if self._lock is None:
-            make_directory(self.directory)
+            make_directory(self.directory, self._disk)
             self._lock = WriterLock(self.directory)
-            sweep(self.directory)
+            sweep(self.directory, self._disk)
 
-    def _fill(self, directory: Path, capture: Capture, step: int, healthy: bool) -> Manifest:
-        digests = write_tensors(directory / _TENSORS, capture.tensors)
-        with synced_file(directory / _VALUES) as file:
-            file.write(_encode_values(capture.values))
-        manifest = Manifest(
-            step=step,
-            healthy=healthy,
-            created=time.time(),
-            files={name: entry_of(directory / name) for name in (_TENSORS, _VALUES)},
-            tensors=digests,
-        )
-        write_manifest(directory, manifest)
-        return manifest
+    def _tell(
+        self,
+        event: str,
+        path: Path | None = None,
+        step: int = -1,
+        reason: str = "",
+        data: dict[str, float] | None = None,
+    ) -> str:
+        """Add a line to the journal; return what kept it from being written.
 
-    def _read_back(self, directory: Path) -> None:
+        The directories are the truth: a line that is missing is made up for at the next one.
+        """
+        if self._lock is None:
+            return ""
+        name = "" if path is None else path.name
         try:
-            self._read(directory)
-        except CheckpointError as error:
-            raise CheckpointError(
-                f"what was written in {self.directory} cannot be read back: {error}"
-            ) from error
-
-    def _read(self, path: Path) -> tuple[Manifest, Capture]:
-        manifest = read_manifest(path)
-        verify_files(path, manifest)
-        tensors = read_tensors(path / _TENSORS, manifest.tensors)
-        try:
-            values: dict[str, Any] = json.loads((path / _VALUES).read_bytes())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path / _VALUES} cannot be read: {error}") from error
-        return manifest, Capture(tensors, values)
-
-    def _problem(self, path: Path) -> str:
-        try:
-            manifest, _ = self._read(path)
-            _require_own_step(path, manifest)
-        except CheckpointError as error:
-            return str(error)
+            if not self._journal_open:
+                there = {p.name: step_of(p) for p in generations(self.directory) if p != path}
+                self._journal.open(there)
+            self._journal_open = True
+            self._journal.append(event, name, step, reason=reason, data=data or {})
+        except OSError as error:
+            self._journal_open = False
+            return f"the journal cannot be written: {error}"
         return ""
 
-    def _retire(self, saved: Path) -> None:
-        """Delete what is not kept.
+    def _delete(self, path: Path, reason: str) -> str:
+        """Delete a checkpoint; return what kept it from being deleted."""
+        try:
+            discard_directory(path, self._disk)
+        except OSError as error:
+            return f"cannot delete {path}: {error}"
+        return self._tell("deleted", path, step_of(path), reason)
 
-        :param saved: the checkpoint just written, which stays even if later steps exist: after a
-            rollback the new one is not of the highest step.
-        """
-        infos = self.list()
-        healthy = next((info.path for info in infos if info.healthy), None)
-        for info in infos[self._keep :]:
-            if info.path not in (saved, healthy):
-                discard_directory(info.path)
+    def _retire(self, saved: Path) -> str:
+        """Delete what is not kept; return what kept something from being deleted."""
+        candidates = [
+            Candidate(info.path, info.step, info.healthy, info.pinned, info.metrics)
+            for info in self.list()
+        ]
+        problems = [
+            self._delete(path, "newer ones are kept")
+            for path in self._retention.superfluous(candidates, saved)
+        ]
+        return next(filter(None, problems), "")
 
     def _set_aside(self, path: Path, problem: CheckpointError) -> str:
         """Rename a damaged checkpoint; return what to add to its problem if that fails."""
@@ -255,9 +296,11 @@ class CheckpointStore:
         name = f"{path.name}{_DAMAGED}"
         try:
             earlier = sum(entry.name.startswith(name) for entry in self.directory.iterdir())
-            path.rename(path.with_name(f"{name}-{reason}" + (f"-{earlier}" if earlier else "")))
+            aside = path.with_name(f"{name}-{reason}" + (f"-{earlier}" if earlier else ""))
+            self._disk.rename(path, aside)
         except OSError as error:
             return f" (and it cannot be set aside: {error})"
+        self._tell("set aside", path, step_of(path), reason=str(problem))
         return ""
 
     def _newest(self, before_step: int | None, tried: Container[Path]) -> Path | None:
@@ -265,17 +308,11 @@ class CheckpointStore:
         return next(
             (
                 path
-                for path in self._paths()
-                if path not in tried and (before_step is None or _step_of(path) <= before_step)
+                for path in generations(self.directory)
+                if path not in tried and (before_step is None or step_of(path) <= before_step)
             ),
             None,
         )
-
-    def _paths(self) -> Sequence[Path]:
-        if not self.directory.is_dir():
-            return []
-        entries = [entry for entry in self.directory.iterdir() if _NAME.fullmatch(entry.name)]
-        return sorted(entries, key=_place_of, reverse=True)
 
 
 def read_checkpoint(directory: Path, before_step: int) -> tuple[CheckpointInfo, Capture]:
@@ -283,50 +320,18 @@ def read_checkpoint(directory: Path, before_step: int) -> tuple[CheckpointInfo, 
     return CheckpointStore(directory).read_latest(before_step=before_step)
 
 
-def _require_own_step(path: Path, manifest: Manifest) -> None:
-    if manifest.step != _step_of(path):
-        raise CheckpointError(f"{path} holds step {manifest.step}; it was renamed")
-
-
-def _describe(path: Path, manifest: Manifest, latency_ms: float) -> CheckpointInfo:
-    size = sum(entry.size for entry in manifest.files.values())
-    return CheckpointInfo(manifest.step, path, size, latency_ms, manifest.healthy)
-
-
-def _place_of(path: Path) -> tuple[int, int]:
-    """Return the step of a checkpoint, and its number among those of the same step."""
-    match = _NAME.fullmatch(path.name)
-    return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
-
-
-def _step_of(path: Path) -> int:
-    return _place_of(path)[0]
-
-
-def _name(step: int, older: Sequence[Path]) -> str:
-    """Return a name that sorts after those of older checkpoints of the same step."""
-    serial = max((_place_of(path)[1] + 1 for path in older), default=0)
-    return f"step-{step:09d}" + (f".{serial:03d}" if serial else "")
-
-
-def _encode_values(values: dict[str, Any]) -> bytes:
+def _read_back(directory: Path) -> Manifest:
     try:
-        _require_json(values, "values")
-        return json.dumps(values, indent=1).encode()
-    except (RecursionError, ValueError) as error:
-        raise CheckpointError(f"cannot save the values as JSON: {error}") from error
+        return verify_generation(directory)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"what was written in {directory.parent} cannot be read back: {error}"
+        ) from error
 
 
-def _require_json(value: object, name: str) -> None:
-    """Refuse what would come back as something else, such as a tuple or a key that is a number."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise CheckpointError(f"cannot save {name}: key {key!r} is no string, as JSON asks")
-            _require_json(item, f"{name}/{key}")
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _require_json(item, f"{name}/{index}")
-    elif not isinstance(value, str | int | float | None):
-        kind = type(value).__qualname__
-        raise CheckpointError(f"cannot save {name}: JSON has no {kind}; use its plain types")
+def _problem(path: Path) -> str:
+    try:
+        require_own_step(path, verify_generation(path))
+    except CheckpointError as error:
+        return str(error)
+    return ""

@@ -6,7 +6,7 @@ import msgspec
 import xxhash
 
 from esper.leyline import CheckpointError
-from esper.tolaria.rollback.durable import digest_file, synced_file
+from esper.tolaria.rollback.durable import DISK, FileSystem, digest_file, synced_file
 
 FORMAT = 1
 NAME = "MANIFEST.json"
@@ -29,6 +29,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     :param step: steps taken in the state.
     :param healthy: whether the divergence guard had no doubt about it.
     :param created: seconds since the Unix epoch.
+    :param metrics: validation metrics of this state, by name; empty when none were measured.
     :param files: the other files of the checkpoint, by name.
     :param tensors: xxh3-128 digest of each tensor's bytes, by name.
     :param format: version of the layout.
@@ -40,14 +41,19 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     created: float
     files: dict[str, FileEntry]
     tensors: dict[str, str]
+    metrics: dict[str, float] = {}
     format: int = FORMAT
     digest: str = ""
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
+class _Version(msgspec.Struct):
+    format: int
+
+
+def write_manifest(directory: Path, manifest: Manifest, disk: FileSystem = DISK) -> None:
     """Write the manifest, digest included; this is what completes a checkpoint."""
     digest = _digest(_text_of(manifest), "")
-    with synced_file(directory / NAME) as file:
+    with synced_file(directory / NAME, disk) as file:
         file.write(_text_of(msgspec.structs.replace(manifest, digest=digest)))
 
 
@@ -60,13 +66,12 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / NAME
     try:
         text = path.read_bytes()
+        _require_format(path, text)
         manifest = msgspec.json.decode(text, type=Manifest)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if manifest.digest != _digest(text, manifest.digest):
         raise CheckpointError(f"{path} does not match its own digest")
-    if manifest.format != FORMAT:
-        raise UnknownFormatError(f"{path} has format {manifest.format}; this Esper reads {FORMAT}")
     return manifest
 
 
@@ -88,9 +93,14 @@ def verify_files(directory: Path, manifest: Manifest) -> None:
             raise CheckpointError(f"{path} does not match its digest")
 
 
-def entry_of(path: Path) -> FileEntry:
-    """Return size and digest of a file as it stands."""
-    return FileEntry(path.stat().st_size, digest_file(path))
+def _require_format(path: Path, text: bytes) -> None:
+    """Tell what another version wrote, whatever fields it has, from damage."""
+    version = msgspec.json.decode(text, type=_Version).format
+    if version == FORMAT:
+        return
+    sealed = msgspec.json.decode(text).get("digest")
+    if isinstance(sealed, str) and sealed == _digest(text, sealed):
+        raise UnknownFormatError(f"{path} has format {version}; this Esper reads {FORMAT}")
 
 
 def _text_of(manifest: Manifest) -> bytes:
