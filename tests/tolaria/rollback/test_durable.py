@@ -3,7 +3,6 @@ import os
 from pathlib import Path
 
 import pytest
-import xxhash
 
 from esper.leyline import CheckpointError
 from esper.tolaria.rollback import durable
@@ -114,13 +113,6 @@ def test_space_that_was_set_aside_and_not_written_is_cut_off(
     with durable.synced_file(tmp_path / "file", size=3 << 20) as file:
         file.write(content)
     assert (tmp_path / "file").read_bytes() == content
-
-
-@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1])
-def test_a_file_is_digested_whole(tmp_path: Path, size: int) -> None:
-    content = os.urandom(size)
-    (tmp_path / "file").write_bytes(content)
-    assert durable.digest_file(tmp_path / "file") == xxhash.xxh3_128_hexdigest(content)
 
 
 def test_only_debris_is_swept(tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ from esper.tolaria.rollback.generation import (
     generations,
     name_of,
     read_generation,
-    require_own_step,
     set_pin,
     step_of,
     verify_generation,
@@ -101,36 +100,23 @@ class CheckpointStore:
         :param step: steps taken so far; a checkpoint of the same step is replaced. By default one
             more than the newest has.
         :param healthy: False when the divergence guard doubts the state.
-        :param metrics: validation metrics of the state, by name; one that is not finite is left out.
+        :param metrics: validation metrics of the state; one that is not finite is left out.
         :param before_commit: called when all is on the disk but the name; what it raises undoes it.
         :raises CheckpointError: it could not be written; older checkpoints are untouched.
         """
         began = time.perf_counter()
-        if step is None:
-            step = max(map(step_of, generations(self.directory)), default=-1) + 1
-        if step < 0:
-            raise CheckpointError(f"cannot save step {step}; give the number of steps taken")
-        finite = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}
-        label = Label(step, healthy, finite)
+        label = self._label(step, healthy, metrics or {})
         try:
             self._acquire()
-            older = [path for path in generations(self.directory) if step_of(path) == step]
-            final = self.directory / name_of(step, older)
-            with committed_directory(final, self._disk, before_commit=before_commit) as directory:
-                manifest = write_generation(directory, state.capture(), label, self._disk)
-                # Whatever is deleted below, this checkpoint is known to be good by then.
-                _read_back(directory)
+            final, manifest = self._write(state, label, before_commit)
         except OSError as error:
-            self._tell("failed", step=step, reason=str(error))
+            self._tell("failed", step=label.step, reason=str(error))
             raise CheckpointError(
                 f"cannot save a checkpoint in {self.directory}: {error}"
             ) from error
         latency_ms = (time.perf_counter() - began) * 1e3
-        problem = self._tell("saved", final, step, data={"latency_ms": latency_ms})
-        for path in older:
-            problem = self._delete(path, "it was saved again") or problem
-        problem = self._retire(final) or problem
-        return describe(final, manifest, latency_ms, problem)
+        problem = self._tell("saved", final, label.step, data={"latency_ms": latency_ms})
+        return describe(final, manifest, latency_ms, self._retire(final) or problem)
 
     def load_latest(self, state: Capturable, *, before_step: int | None = None) -> CheckpointInfo:
         """Restore the newest valid checkpoint; damaged ones are set aside and passed over.
@@ -237,6 +223,25 @@ class CheckpointStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _label(self, step: int | None, healthy: bool, metrics: Mapping[str, float]) -> Label:
+        if step is None:
+            step = max(map(step_of, generations(self.directory)), default=-1) + 1
+        if step < 0:
+            raise CheckpointError(f"cannot save step {step}; give the number of steps taken")
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        return Label(step, healthy, finite)
+
+    def _write(
+        self, state: Content, label: Label, before_commit: Callable[[], None] | None
+    ) -> tuple[Path, Manifest]:
+        same = [path for path in generations(self.directory) if step_of(path) == label.step]
+        final = self.directory / name_of(label.step, same)
+        with committed_directory(final, self._disk, before_commit=before_commit) as directory:
+            manifest = write_generation(directory, state.capture(), label, self._disk)
+            # Whatever is deleted later, this checkpoint is known to be good by then.
+            _read_back(directory)
+        return final, manifest
+
     def _acquire(self) -> None:
         if self._lock is None:
             make_directory(self.directory, self._disk)
@@ -279,11 +284,16 @@ class CheckpointStore:
 
     def _retire(self, saved: Path) -> str:
         """Delete what is not kept; return what kept something from being deleted."""
+        problems = [
+            self._delete(path, "it was saved again")
+            for path in generations(self.directory)
+            if step_of(path) == step_of(saved) and path != saved
+        ]
         candidates = [
             Candidate(info.path, info.step, info.healthy, info.pinned, info.metrics)
             for info in self.list()
         ]
-        problems = [
+        problems += [
             self._delete(path, "newer ones are kept")
             for path in self._retention.superfluous(candidates, saved)
         ]
@@ -331,7 +341,7 @@ def _read_back(directory: Path) -> Manifest:
 
 def _problem(path: Path) -> str:
     try:
-        require_own_step(path, verify_generation(path))
+        verify_generation(path)
     except CheckpointError as error:
         return str(error)
     return ""

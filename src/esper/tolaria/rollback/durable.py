@@ -13,8 +13,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-import xxhash
-
 from esper.leyline import CheckpointError
 
 _TEMPORARY = ".tmp-"
@@ -168,17 +166,6 @@ def sweep(directory: Path, disk: FileSystem = DISK) -> None:
     for entry in list(directory.iterdir()):
         if entry.name.startswith((_TEMPORARY, _TRASH)):
             remove_tree(entry, disk)
-
-
-def digest_file(path: Path) -> str:
-    """Return the xxh3-128 digest of a file, in hexadecimal digits."""
-    state = xxhash.xxh3_128()
-    buffer = bytearray(_CHUNK)
-    view = memoryview(buffer)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(view):
-            state.update(view[:count])
-    return state.hexdigest()
 
 
 class WriterLock:

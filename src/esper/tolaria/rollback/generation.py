@@ -16,10 +16,9 @@ from esper.tolaria.rollback.manifest import (
     FileEntry,
     Manifest,
     read_manifest,
-    verify_files,
     write_manifest,
 )
-from esper.tolaria.rollback.tensor_file import read_tensors, write_tensors
+from esper.tolaria.rollback.tensor_file import Allocate, read_tensors, verify_tensors, write_tensors
 from esper.tolaria.state import Capture
 
 TENSORS = "tensors.safetensors"
@@ -101,36 +100,23 @@ def verify_generation(path: Path) -> Manifest:
 
     :raises CheckpointError: naming what is damaged.
     """
-    manifest = read_manifest(path)
-    verify_files(path, manifest)
+    manifest = _read_proof(path)
+    _read_values(path / _VALUES, manifest.files[_VALUES].xxh3_128)
+    verify_tensors(path / TENSORS, manifest.tensors, manifest.files[TENSORS].xxh3_128)
     return manifest
 
 
-def read_generation(path: Path) -> tuple[Manifest, Capture]:
+def read_generation(path: Path, allocate: Allocate | None = None) -> tuple[Manifest, Capture]:
     """Read a checkpoint; nothing is returned that does not match its digest.
 
+    :param allocate: gives the memory for the tensors; this process's own by default.
     :raises CheckpointError: naming what is damaged.
     """
-    manifest = read_manifest(path)
-    require_own_step(path, manifest)
-    for name in manifest.files.keys() ^ {TENSORS, _VALUES}:
-        raise CheckpointError(f"{path} and its manifest disagree about the file {name}")
-    for name, entry in manifest.files.items():
-        size = _size_of(path / name)
-        if size != entry.size:
-            raise CheckpointError(f"{path / name} has {size} bytes instead of {entry.size}")
+    manifest = _read_proof(path)
     values = _read_values(path / _VALUES, manifest.files[_VALUES].xxh3_128)
     whole = manifest.files[TENSORS].xxh3_128
-    return manifest, Capture(read_tensors(path / TENSORS, manifest.tensors, whole), values)
-
-
-def require_own_step(path: Path, manifest: Manifest) -> None:
-    """Refuse a checkpoint under the name of another.
-
-    :raises CheckpointError: it was renamed.
-    """
-    if _NAME.fullmatch(path.name) and manifest.step != step_of(path):
-        raise CheckpointError(f"{path} holds step {manifest.step}; it was renamed")
+    tensors = read_tensors(path / TENSORS, manifest.tensors, whole, allocate)
+    return manifest, Capture(tensors, values)
 
 
 def describe(
@@ -187,6 +173,20 @@ def _place_of(path: Path) -> tuple[int, int]:
     """Return the step of a checkpoint, and its number among those of the same step."""
     match = _NAME.fullmatch(path.name)
     return (int(match[1]), int(match[2] or 0)) if match else (-1, 0)
+
+
+def _read_proof(path: Path) -> Manifest:
+    """Read the manifest, and check what can be checked without reading the rest."""
+    manifest = read_manifest(path)
+    if _NAME.fullmatch(path.name) and manifest.step != step_of(path):
+        raise CheckpointError(f"{path} holds step {manifest.step}; it was renamed")
+    for name in manifest.files.keys() ^ {TENSORS, _VALUES}:
+        raise CheckpointError(f"{path} and its manifest disagree about the file {name}")
+    for name, entry in manifest.files.items():
+        size = _size_of(path / name)
+        if size != entry.size:
+            raise CheckpointError(f"{path / name} has {size} bytes instead of {entry.size}")
+    return manifest
 
 
 def _size_of(path: Path) -> int:

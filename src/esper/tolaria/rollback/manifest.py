@@ -6,7 +6,7 @@ import msgspec
 import xxhash
 
 from esper.leyline import CheckpointError
-from esper.tolaria.rollback.durable import DISK, FileSystem, digest_file, synced_file
+from esper.tolaria.rollback.durable import DISK, FileSystem, synced_file
 
 FORMAT = 1
 NAME = "MANIFEST.json"
@@ -17,7 +17,10 @@ class UnknownFormatError(CheckpointError):
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Size in bytes and xxh3-128 digest of one file."""
+    """Size in bytes and xxh3-128 digest of one file.
+
+    The digest of a tensor file is taken over its header and its tensors' digests.
+    """
 
     size: int
     xxh3_128: str
@@ -73,24 +76,6 @@ def read_manifest(directory: Path) -> Manifest:
     if manifest.digest != _digest(text, manifest.digest):
         raise CheckpointError(f"{path} does not match its own digest")
     return manifest
-
-
-def verify_files(directory: Path, manifest: Manifest) -> None:
-    """Check the size and digest of every file that the manifest names.
-
-    :raises CheckpointError: naming the first file that differs.
-    """
-    for name, entry in manifest.files.items():
-        path = directory / name
-        try:
-            size = path.stat().st_size
-            digest = digest_file(path) if size == entry.size else ""
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
-        if size != entry.size:
-            raise CheckpointError(f"{path} has {size} bytes instead of {entry.size}")
-        if digest != entry.xxh3_128:
-            raise CheckpointError(f"{path} does not match its digest")
 
 
 def _require_format(path: Path, text: bytes) -> None:

@@ -64,10 +64,10 @@ class Retention:
         :param saved: the one just written, which stays even if later steps exist: after a rollback
             the new one is not of the highest step.
         """
-        kept = {saved, *(candidate.path for candidate in candidates[: self.last])}
-        kept |= {c.path for c in candidates if c.pinned or self._archives(c)}
-        kept |= {c.path for c in [c for c in candidates if c.healthy][:1]}
-        kept |= {c.path for c in self._best_of(candidates)}
+        healthy = [candidate for candidate in candidates if candidate.healthy]
+        stay = [*candidates[: self.last], *healthy[:1], *self._best_of(candidates)]
+        stay += [c for c in candidates if c.pinned or self._archives(c)]
+        kept = {saved, *(candidate.path for candidate in stay)}
         return [candidate.path for candidate in candidates if candidate.path not in kept]
 
     def _archives(self, candidate: Candidate) -> bool:

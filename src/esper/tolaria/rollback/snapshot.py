@@ -199,14 +199,13 @@ class FastRollbackCache:
         """Evict until ``size`` bytes and a slot are free; return the arenas that this freed."""
         freed = [s._arena for s in self._leaving if not s.held]
         self._leaving = [s for s in self._leaving if s.held]
-        if step in self._snapshots:
-            freed += self._drop([step])
+        freed += self._drop([step] if step in self._snapshots else [])
         protected = self.get_nearest(step)
         for candidate in self.steps:
             if self._has_room(size):
                 break
-            keep = protected is not None and candidate == protected.step
-            if not keep and not self._snapshots[candidate].held:
+            snapshot = self._snapshots[candidate]
+            if snapshot is not protected and not snapshot.held:
                 freed += self._drop([candidate])
         return freed
 

@@ -1,11 +1,18 @@
-"""Tensors in the safetensors layout: streamed out with digests, read back without pickle."""
+"""Tensors in the safetensors layout: streamed out with digests, read back without pickle.
+
+The digest of a file is taken over its header and the digests of its tensors, in their order: one
+pass over the bytes proves both the whole and each part, and several threads can share it.
+"""
 
 import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -29,21 +36,38 @@ _BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 _ALIGNMENT = 8
 _LENGTH = 8
 # Small enough to be hashed while it is still in the processor's cache.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
+_WRITTEN_AT_ONCE = 1 << 23
+_THREADS = 4
+_WORTH_THREADS = 1 << 23
 _MALFORMED = (ValueError, KeyError, TypeError, RecursionError)
+
+
+# Gives a block of memory of so many bytes, as an array of uint8.
+Allocate = Callable[[int], Any]
 
 
 class Digests(NamedTuple):
     """What was written.
 
     :param size: bytes of the file.
-    :param file: xxh3-128 digest of the whole file.
+    :param file: xxh3-128 digest of the file's header and of ``tensors``.
     :param tensors: xxh3-128 digest of each tensor's bytes, by name.
     """
 
     size: int
     file: str
     tensors: dict[str, str]
+
+
+class _Part(NamedTuple):
+    """Where a tensor lies in its file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: list[int]
+    first: int
+    last: int
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], disk: FileSystem = DISK) -> Digests:
@@ -56,34 +80,39 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], disk: FileSystem = DIS
     ordered = sorted(tensors, key=lambda name: -tensors[name].element_size())
     header = _header({name: tensors[name] for name in ordered})
     size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
-    whole = xxhash.xxh3_128(header)
     with synced_file(path, disk, size=size) as file:
         file.write(header)
-        digests = {name: _write_tensor(file, tensors[name], whole) for name in ordered}
-    return Digests(size, whole.hexdigest(), digests)
+        digests = {name: _write_tensor(file, tensors[name]) for name in ordered}
+    return Digests(size, _combine(header, list(digests.values())), digests)
 
 
-def read_tensors(path: Path, digests: dict[str, str], whole: str) -> dict[str, Tensor]:
-    """Read all tensors into one block of memory, and check it before anything is made of it.
+def verify_tensors(path: Path, digests: dict[str, str], whole: str) -> None:
+    """Check a file against its digests, without holding it in memory.
 
-    :param digests: of each tensor, to name the one that is damaged.
+    :param digests: of each tensor, by name.
     :param whole: digest of the file.
+    :raises CheckpointError: the file is damaged, or a tensor is missing or differs.
+    """
+    _scan(path, digests, whole, None)
+
+
+def read_tensors(
+    path: Path, digests: dict[str, str], whole: str, allocate: Allocate | None = None
+) -> dict[str, Tensor]:
+    """Read all tensors into one block of memory; nothing is returned that differs from its digest.
+
+    :param allocate: gives the block; memory of this process by default.
     :returns: tensors by name; they share the block.
     :raises CheckpointError: the file is damaged, or a tensor is missing or differs.
     """
-    try:
-        block, found = _read_block(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if found != whole:
-        raise CheckpointError(f"{path} does not match its digest{_culprit(block, digests)}")
-    try:
-        tensors = dict(_slice(block))
-    except _MALFORMED as error:
-        raise CheckpointError(f"{path} is no safetensors file: {_what(error)}") from error
-    if tensors.keys() != digests.keys():
-        odd = min(tensors.keys() ^ digests.keys())
-        raise CheckpointError(f"{path} and its manifest disagree about tensor {odd!r}")
+    # numpy asks for huge pages, torch does not: page faults are most of what reading costs.
+    block, parts = _scan(path, digests, whole, allocate or (lambda size: np.empty(size, np.uint8)))
+    tensors = {}
+    for part in parts:
+        piece = torch.from_numpy(block[part.first : part.last])
+        if part.first % part.dtype.itemsize:
+            piece = piece.clone()
+        tensors[part.name] = piece.view(part.dtype).reshape(part.shape)
     return tensors
 
 
@@ -105,66 +134,97 @@ def _header(tensors: dict[str, Tensor]) -> bytes:
     return len(body).to_bytes(_LENGTH, "little") + body
 
 
-def _write_tensor(file: BinaryIO, tensor: Tensor, whole: Any) -> str:  # noqa: ANN401 - a hash
+def _write_tensor(file: BinaryIO, tensor: Tensor) -> str:
     content = _bytes_of(tensor)
-    own = xxhash.xxh3_128()
-    for start in range(0, len(content), _CHUNK):
-        chunk = content[start : start + _CHUNK]
-        own.update(chunk)
-        whole.update(chunk)
-        file.write(chunk)
-    return own.hexdigest()
-
-
-def _read_block(path: Path) -> tuple[Tensor, str]:
     state = xxhash.xxh3_128()
-    with path.open("rb", buffering=0) as file:
-        file.seek(0, 2)
-        size = file.tell()
-        file.seek(0)
-        block = torch.empty(size, dtype=torch.uint8)
-        view, start = block.numpy().data, 0
-        while count := file.readinto(view[start : start + _CHUNK]):
-            state.update(view[start : start + count])
-            start += count
-    if start < size:
-        raise OSError(f"it ended after {start} of {size} bytes")
-    return block, state.hexdigest()
+    for start in range(0, len(content), _WRITTEN_AT_ONCE):
+        piece = content[start : start + _WRITTEN_AT_ONCE]
+        state.update(piece)
+        file.write(piece)
+    return state.hexdigest()
 
 
-def _slice(block: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that a file holds, as parts of its block."""
-    if len(block) < _LENGTH:
-        raise ValueError("it has no header")
-    start = _LENGTH + int.from_bytes(block[:_LENGTH].numpy().tobytes(), "little")
-    if start > len(block):
-        raise ValueError(f"its header would have {start} bytes; the file has {len(block)}")
-    entries = json.loads(block[_LENGTH:start].numpy().tobytes())
+def _combine(header: bytes, digests: list[str]) -> str:
+    return xxhash.xxh3_128_hexdigest(header + "".join(digests).encode())
+
+
+def _scan(
+    path: Path, digests: dict[str, str], whole: str, allocate: Allocate | None
+) -> tuple[Any, list[_Part]]:
+    """Read a file once and check it; return its bytes, where they are asked for, and its parts."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            header, parts = _read_header(file, size)
+            block = None if allocate is None else allocate(size)
+            found = _digest_parts(file.fileno(), parts, block)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except _MALFORMED as error:
+        raise CheckpointError(f"{path} has a damaged header: {_what(error)}") from error
+    for part, digest in zip(parts, found, strict=True):
+        if digest != digests.get(part.name):
+            raise CheckpointError(f"{path} does not match its digest: tensor {part.name!r} differs")
+    if len(parts) != len(digests) or _combine(header, found) != whole:
+        raise CheckpointError(f"{path} does not match its digest: its header differs")
+    return block, parts
+
+
+def _read_header(file: BinaryIO, size: int) -> tuple[bytes, list[_Part]]:
+    """Return the header, and the parts in their order; they fill the file to the last byte."""
+    head = file.read(_LENGTH)
+    length = int.from_bytes(head, "little")
+    if len(head) < _LENGTH or _LENGTH + length > size:
+        raise ValueError(f"it would have {length} bytes; the file has {size}")
+    body = file.read(length)
+    entries = json.loads(body)
     if not isinstance(entries, dict):
-        raise TypeError("its header is no JSON object")
+        raise TypeError("it is no JSON object")
+    start = end = _LENGTH + length
+    parts = []
     for name, entry in entries.items():
-        if name == "__metadata__":
-            continue
         dtype, shape = _BY_NAME[entry["dtype"]], entry["shape"]
         first, last = (start + int(offset) for offset in entry["data_offsets"])
-        if not start <= first <= last <= len(block):
-            raise ValueError(f"tensor {name!r} lies outside of it")
-        if last - first != math.prod(shape) * dtype.itemsize:
-            raise ValueError(f"tensor {name!r} has {last - first} bytes, which {shape} does not")
-        part = block[first:last]
-        if first % dtype.itemsize:
-            part = part.clone()
-        yield name, part.view(dtype).reshape(shape)
+        if first != end or last - first != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"tensor {name!r} does not lie where it has to")
+        parts.append(_Part(name, dtype, shape, first, last))
+        end = last
+    if end != size:
+        raise ValueError(f"the tensors end at byte {end} of {size}")
+    return head + body, parts
 
 
-def _culprit(block: Tensor, digests: dict[str, str]) -> str:
-    try:
-        for name, tensor in _slice(block):
-            if xxhash.xxh3_128_hexdigest(_bytes_of(tensor)) != digests.get(name):
-                return f": tensor {name!r} differs"
-    except _MALFORMED as error:
-        return f": its header is damaged ({_what(error)})"
-    return ""
+def _digest_parts(descriptor: int, parts: list[_Part], block: Any) -> list[str]:  # noqa: ANN401
+    """Return the digests of all parts, whose bytes go into the block, if there is one."""
+
+    def digest(part: _Part) -> str:
+        return _digest_part(descriptor, part, block)
+
+    total = sum(part.last - part.first for part in parts)
+    threads = min(_THREADS, os.cpu_count() or 1, len(parts))
+    if threads < 2 or total < _WORTH_THREADS:
+        return [digest(part) for part in parts]
+    with ThreadPoolExecutor(threads) as pool:
+        # The largest first, so that none is left over for one thread at the end.
+        order = sorted(range(len(parts)), key=lambda i: parts[i].first - parts[i].last)
+        done = dict(zip(order, pool.map(digest, [parts[i] for i in order]), strict=True))
+    return [done[index] for index in range(len(parts))]
+
+
+def _digest_part(descriptor: int, part: _Part, block: Any) -> str:  # noqa: ANN401 - an array
+    state = xxhash.xxh3_128()
+    scratch = None if block is not None else memoryview(bytearray(_CHUNK))
+    view = None if block is None else memoryview(block)
+    at = part.first
+    while at < part.last:
+        until = min(at + _CHUNK, part.last)
+        piece = scratch[: until - at] if scratch is not None else view[at:until]  # type: ignore[index]
+        count = os.preadv(descriptor, [piece], at)
+        if count == 0:
+            raise OSError(f"it ended at byte {at} while it was read")
+        state.update(piece[:count])
+        at += count
+    return state.hexdigest()
 
 
 def _what(error: Exception) -> str:
