@@ -190,9 +190,11 @@ def test_a_poisoned_batch_is_taken_back_and_skipped(tmp_path: Path) -> None:
 def test_a_rollback_restores_the_exact_course() -> None:
     """Up to the restored step the second attempt must repeat the first, but for skipped batches."""
     memory = Memory()
-    trainer = TolariaTrainer.from_job(
-        two_task_job(), config=drill_config(), sinks=[memory], drill=True
+    # The learning rate is part of the course: it is not cut here.
+    settings = config(
+        train={"epochs": 8}, snapshots={"every": 5}, guard={"warmup": 10, "rate_cut": 1.0}
     )
+    trainer = TolariaTrainer.from_job(two_task_job(), config=settings, sinks=[memory], drill=True)
     records = list(trainer.steps())
     back_to = memory.events("rollback")[0].data["to_step"]
     skipped = [tuple(batch) for batch in memory.events("rollback")[0].data["skipped_batches"]]

@@ -102,3 +102,54 @@ def test_a_loss_that_reaches_no_parameter_has_no_gradient() -> None:
     model, free = nn.Linear(2, 1), nn.Parameter(torch.ones(1))
     objective = Objective(model, lambda m, x: free.sum())
     assert objective.backward(objective.losses(None)).norm == 0.0
+
+
+def test_a_passing_cut_climbs_back_and_ends_exactly_where_the_rate_was() -> None:
+    _, optimizer = model_with_gradient()
+    update = Update(optimizer, scheduler=SCHEDULERS["cosine"](optimizer))
+    _, untouched = model_with_gradient()
+    plain = Update(untouched, scheduler=SCHEDULERS["cosine"](untouched))
+    update.progress.rewarm(0.5, 4)
+    shares = []
+    for _ in range(6):
+        shares.append(update.learning_rate / plain.learning_rate)
+        update.commit(gradients(None))
+        plain.commit(gradients(None))
+    assert shares == pytest.approx([0.5, 0.625, 0.75, 0.875, 1.0, 1.0])
+    assert update.learning_rate == plain.learning_rate
+
+
+def test_a_passing_cut_is_what_the_optimizer_steps_with_and_is_saved() -> None:
+    model, optimizer = model_with_gradient()
+    update = Update(optimizer)
+    update.progress.rewarm(0.25, 3)
+    other = Update(optimizer)
+    other.progress.load_state_dict(update.progress.state_dict())
+    before = model.weight.detach().clone()
+    other.commit(gradients(None))
+    assert moved(model, before) == pytest.approx(0.25)
+    assert other.learning_rate == pytest.approx(0.5)
+    other.skip()
+    assert other.learning_rate == pytest.approx(0.5), "a skipped step does not count"
+
+
+def test_a_schedule_that_jumps_says_so() -> None:
+    _, optimizer = model_with_gradient()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1 if step > 2 else 1.0)
+    update = Update(optimizer, scheduler=schedule)
+    jumps: list[int] = []
+    update.on_rate_jump = lambda: jumps.append(update.progress.step)
+    for _ in range(6):
+        update.commit(gradients(None))
+    assert jumps == [2]
+
+
+def test_a_skipped_step_lets_the_scaler_back_off() -> None:
+    model = nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    objective = Objective(model, lambda m, x: m(x).square().mean(), scaler=scaler)
+    update = Update(optimizer, scaler=scaler)
+    objective.backward(objective.losses(torch.full((3, 4), float("inf"))))
+    update.skip()
+    assert scaler.get_scale() == 512.0

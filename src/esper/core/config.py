@@ -49,34 +49,45 @@ class GuardConfig(Section):
 
     enabled: bool = Field(True, description="Judge every step before it is committed.")
     window: int = Field(64, ge=8, description="Healthy losses that the statistics look back on.")
-    warmup: int = Field(20, ge=4, description="Healthy losses needed before a spike is called.")
+    warmup: int = Field(32, ge=4, description="Healthy losses needed before a spike is called.")
     spike_deviations: PositiveFloat = Field(
-        8.0, description="A loss this many MADs above the median is a spike."
+        10.0, description="A loss or gradient norm this many MADs above the median is a spike."
     )
-    spike_patience: PositiveInt = Field(2, description="Spikes in a row that call a divergence.")
+    spike_patience: PositiveInt = Field(
+        2, description="Spikes of a loss in a row that call a divergence; earlier ones are skipped."
+    )
     trend_ratio: float = Field(
         1.25, gt=1, description="A loss this many times its exponential average is high ..."
     )
     trend_deviations: PositiveFloat = Field(
-        4.0, description="... if it also lies this many MADs above the median."
+        3.25, description="... if it also lies this many MADs above the median."
     )
     trend_patience: PositiveInt = Field(
-        3, description="High losses in a row that call a divergence."
+        4, description="High losses in a row that call a divergence."
     )
     margin: PositiveInt = Field(
         8, description="Steps between a suspicion and the newest state that is trusted."
     )
     max_skips: PositiveInt = Field(
-        3, description="Non-finite steps in a row that are skipped before rolling back."
+        3, description="Updates skipped in a row; non-finite steps after that roll back."
+    )
+    skip_budget: int = Field(
+        20, ge=0, description="Updates skipped for a spike within the recovery window."
     )
     max_rollbacks: PositiveInt = Field(
         3, description="Rollbacks within the recovery window before training stops."
     )
     recovery_steps: PositiveInt = Field(
-        500, description="Committed steps after which the count of rollbacks starts anew."
+        500, description="The recovery window: steps after which the budgets start anew."
     )
     rate_cut: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.5, description="Learning rate multiplier from the second rollback in a row on."
+        0.5, description="Learning rate multiplier of a rollback; lasting from the second on."
+    )
+    rewarm_steps: PositiveInt = Field(
+        100, description="Steps in which the rate climbs back after the first rollback."
+    )
+    pause_steps: int = Field(
+        32, ge=0, description="Steps of lenience after a declared change of rate or model."
     )
 
 

@@ -31,6 +31,12 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
     :param before_step: for a rollback, only states of this step or an older one may be restored.
     :param tier: for a rollback, the tier to restore from.
     :param rate_factor: for a rollback, the learning rate is multiplied by this afterwards.
+    :param rewarm_from: for a rollback, the learning rate begins at this share of itself afterwards
+        and climbs back in ``rewarm_steps`` steps.
+    :param rewarm_steps: for a rollback, 0 leaves the rate as it is.
+    :param signal: the series that the verdict is about, such as ``loss`` or ``gradient_norm``;
+        ``loss.`` and a task's name for the loss of a task.
+    :param trigger: the values that led to it, by name.
     """
 
     action: Action
@@ -40,6 +46,10 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
     before_step: int = -1
     tier: Tier = Tier.MEMORY
     rate_factor: float = 1.0
+    rewarm_from: float = 1.0
+    rewarm_steps: int = 0
+    signal: str = ""
+    trigger: dict[str, float] = {}
 
 
 COMMIT = Verdict(Action.COMMIT)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from esper.core.config import TolariaConfig
+from esper.core.config import GuardConfig, TolariaConfig
 from esper.core.worker import AsyncWorker, shared_worker
 from esper.leyline import Executor, Level, Sink, Stateful
 from esper.nissa import NullHub, TelemetryHub
@@ -121,6 +121,7 @@ def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings
         run, state, hub, tiers, companions, outside, caution, boundary, log, plan, validation
     )
     _register_state(parts, recovery)
+    _declare_changes(parts, config.guard)
     return parts
 
 
@@ -144,6 +145,17 @@ def _register_state(parts: Assembly, recovery: Recovery) -> None:
         parts.state.add(name, component)
     if isinstance(parts.companions, Companions):
         parts.companions.on_model_change = parts.state.refresh
+
+
+def _declare_changes(parts: Assembly, config: GuardConfig) -> None:
+    """Let the guard be lenient after every change that was made on purpose."""
+
+    def settle(change: str) -> None:
+        parts.run.guard.pause(config.pause_steps, change)
+
+    parts.run.update.on_rate_jump = lambda: settle("the schedule has changed the learning rate")
+    if isinstance(parts.companions, Companions):
+        parts.companions.on_change = settle
 
 
 def _update(job: TrainingJob, config: TolariaConfig) -> Update:
@@ -215,11 +227,14 @@ def _drill(
     if not surroundings.drill:
         return NoDrill()
 
-    epoch, number = divmod(int(POSITION * data.epochs * data.plan.batches), data.plan.batches)
+    batches = data.plan.batches
+    epoch, number = divmod(int(POSITION * data.epochs * batches), batches)
+    # The second one belongs to the same epoch.
+    number = max(0, min(number, batches - 2))
 
     def announce() -> None:
         message = (
-            f"drill: batch {number} of epoch {epoch} is poisoned on purpose "
+            f"drill: batches {number} and {number + 1} of epoch {epoch} are poisoned on purpose "
             f"(inputs x {-SCALE:g}, out of order); --no-drill turns this off"
         )
         recorder.event(

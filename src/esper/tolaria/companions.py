@@ -48,6 +48,7 @@ class Companions:
     :param recorder: told of answers; its update is what a policy may scale the rate of.
     :param mode: may forbid a command.
     :ivar on_model_change: called after the executor has changed the model.
+    :ivar on_change: called with what was changed, be it the model or the learning rate.
     :raises ConfigError: the policy cannot run where the configuration wants it.
     """
 
@@ -61,6 +62,7 @@ class Companions:
         mode: ConservativeMode,
     ) -> None:
         self.on_model_change: Callable[[], None] = _do_nothing
+        self.on_change: Callable[[str], None] = _ignore
         self.isolation, self.warning = isolation_of(policy, "decide", config.isolation)
         self._policy = policy
         self._executor = executor
@@ -177,6 +179,7 @@ class Companions:
             before = self._update.learning_rate
             self._update.scale_learning_rate(command.factor)
             detail = f"learning rate {before:.4g} -> {self._update.learning_rate:.4g}"
+            self.on_change(detail)
             self._report(FieldReport("scale_learning_rate", applied=True, detail=detail))
         elif isinstance(self._executor, PreparingExecutor):
             self._prepare(command)
@@ -218,6 +221,7 @@ class Companions:
     ) -> None:
         answer: Answer[FieldReport] = self._kasmina.call_here(change, *arguments)
         self.on_model_change()
+        self.on_change(f"the model was changed by {_tag(command)}")
         refused = FieldReport(_tag(command), applied=False, detail=answer.detail)
         self._report(answer.reply or refused)
 
@@ -285,4 +289,8 @@ def _tag(command: object) -> str:
 
 
 def _do_nothing() -> None:
+    pass
+
+
+def _ignore(change: str) -> None:
     pass

@@ -1,4 +1,4 @@
-"""The fire drill: one poisoned batch, so that a run shows what it does about a divergence."""
+"""The fire drill: poisoned batches, so that a run shows what it does about a divergence."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,14 +15,14 @@ POSITION = 0.55
 
 
 class Drill:
-    """Poisons one batch: its inputs are scaled up, negated and shuffled.
+    """Poisons two batches in a row: their inputs are scaled up, negated and shuffled.
 
-    The batch is poisoned whenever training comes by, as a bad batch in real data would be, until
-    it is skipped.
+    One alone would be a spike, whose update is skipped; two are a divergence. They are poisoned
+    whenever training comes by, as bad batches in real data would be, until they are skipped.
 
-    :param epoch: epoch of the batch.
-    :param number: its position in the epoch.
-    :param announce: called whenever the poison is given.
+    :param epoch: epoch of the batches.
+    :param number: position of the first one in the epoch.
+    :param announce: called whenever the first poison is given.
     """
 
     def __init__(self, epoch: int, number: int, announce: Callable[[], None]) -> None:
@@ -30,21 +30,23 @@ class Drill:
         self._announce = announce
 
     def apply(self, epoch: int, number: int, content: Any) -> Any:  # noqa: ANN401
-        """Return the content of a batch, poisoned if it is the one.
+        """Return the content of a batch, poisoned if it is one of the two.
 
         :raises DataError: the batch holds no floating-point tensor to poison.
         """
-        if (epoch, number) != self._identity:
+        first, second = self._identity, (self._identity[0], self._identity[1] + 1)
+        if (epoch, number) not in (first, second):
             return content
-        self._announce()
+        if (epoch, number) == first:
+            self._announce()
         return poison(content)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return which batch is poisoned: it stays the same when a run is resumed for longer."""
+        """Return which batch comes first: it stays the same when a run is resumed for longer."""
         return {"identity": list(self._identity)}
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Set which batch is poisoned."""
+        """Set which batch comes first."""
         epoch, number = state_dict["identity"]
         self._identity = (epoch, number)
 

@@ -59,7 +59,7 @@ def steps(run: Run) -> Iterator[StepRecord]:
         clock.append(now())
         gradients = run.objective.backward(losses)
         clock.append(now())
-        verdict = run.guard.judge(step, gradients.total, gradients.norm)
+        verdict = run.guard.judge(step, gradients.total, gradients.norm, gradients.losses)
         verdict = run.brake.review(step, verdict)
         clock.append(now())
         run.update.carry_out(verdict, gradients)

@@ -140,6 +140,8 @@ class Recovery:
         for epoch, number in suspects:
             self._data.skip(epoch, number)
         self.cut_rate(verdict.rate_factor)
+        if verdict.rewarm_steps:
+            self._update.progress.rewarm(verdict.rewarm_from, verdict.rewarm_steps)
         self._guard.note_recovered(step)
         self.log.attempt += 1
         self.log.rollbacks += 1

@@ -1,5 +1,7 @@
 """Answering a verdict that is no plain commit: tell, roll back, or end the run."""
 
+from typing import Any
+
 from esper.leyline import Action, EmergencyLevel, Level, Verdict
 from esper.tolaria.caution import Caution
 from esper.tolaria.data import Batch, ResumableLoader
@@ -47,21 +49,30 @@ class Rescue:
         if verdict.action is Action.COMMIT:
             if verdict.reason:
                 message = f"step {step}: {verdict.reason}"
-                self._recorder.event("guard_suspicious", message, Level.WARNING, step=step)
+                self._recorder.event(
+                    "guard_suspicious", message, Level.WARNING, step=step, **_trigger(verdict)
+                )
         elif verdict.action is Action.SKIP:
             self._recovery.log.skipped_updates += 1
             message = f"step {step}: update skipped, {verdict.reason}"
-            self._recorder.event("step_skipped", message, Level.WARNING, reason=verdict.reason)
+            self._recorder.event(
+                "step_skipped",
+                message,
+                Level.WARNING,
+                reason=verdict.reason,
+                skipped_updates=self._recovery.log.skipped_updates,
+                **_trigger(verdict),
+            )
         elif verdict.action is Action.ROLLBACK:
             self._roll_back(step, verdict)
         else:
-            self._halt(verdict.reason)
+            self._halt(verdict.reason, verdict)
 
     def _roll_back(self, step: int, verdict: Verdict) -> None:
         result = self._recovery.roll_back(verdict)
         if result.tier is None:
             reason = f"{verdict.reason}; no state to roll back to: {result.error}"
-            self._halt(reason)
+            self._halt(reason, verdict)
             return
         self._recorder.event(
             "rollback",
@@ -77,14 +88,21 @@ class Rescue:
                 sample for identity in result.skipped for sample in self._data.samples_of(*identity)
             ],
             rate_factor=verdict.rate_factor,
+            rewarm_from=verdict.rewarm_from,
+            rewarm_steps=verdict.rewarm_steps,
+            **_trigger(verdict),
             fallback=result.error,
         )
         self._caution.enter("rollback")
         self._keeper.keep_restored()
 
-    def _halt(self, reason: str) -> None:
+    def _halt(self, reason: str, verdict: Verdict) -> None:
+        message = f"training is halted: {reason}"
+        self._recorder.event(
+            "guard_halted", message, Level.CRITICAL, reason=reason, **_trigger(verdict)
+        )
         self._ending.ask(Outcome.HALTED, reason)
-        self._emergency.escalate(EmergencyLevel.CRITICAL, f"training is halted: {reason}")
+        self._emergency.escalate(EmergencyLevel.CRITICAL, message)
 
 
 def _story(step: int, verdict: Verdict, result: RollbackResult) -> str:
@@ -95,4 +113,14 @@ def _story(step: int, verdict: Verdict, result: RollbackResult) -> str:
     )
     if verdict.rate_factor != 1.0:
         story += f", learning rate x {verdict.rate_factor:g}"
+    if verdict.rewarm_steps:
+        story += (
+            f", learning rate x {verdict.rewarm_from:g} climbing back in "
+            f"{verdict.rewarm_steps} steps"
+        )
     return story
+
+
+def _trigger(verdict: Verdict) -> dict[str, Any]:
+    """Return what an event tells about why."""
+    return {"signal": verdict.signal, "trigger": verdict.trigger}

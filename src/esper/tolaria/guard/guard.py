@@ -1,46 +1,22 @@
 """The divergence guard: judges each step between backward pass and optimizer step.
 
-Non-finite values are refused before they reach the weights. A divergence is called by either of two
-rules on the loss. A spike lies far above the median, in median absolute deviations (MAD), for two
-steps in a row. A trend lies a quarter above the exponential average for three, and also clearly
-outside the noise: without that, three unlucky batches in a row would do.
-
-Positive losses are compared by their logarithm. Late in training a loss is small and its noise
-spans factors, not differences; on a linear scale ordinary batches would lie many MADs out. A
-suspicious loss enters the statistics only when the suspicion has proved wrong, so that a divergence
-cannot raise the bar it is measured with, nor ordinary noise be left out of the bar.
+Non-finite values are refused before they reach the weights. The total loss, the loss of each task
+and the gradient norm are compared with their own past; what is done about one that is far out is
+the ladder's choice.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
-import msgspec
-
 from esper.core.config import GuardConfig
-from esper.leyline import COMMIT, Action, Tier, Verdict
-from esper.tolaria.guard.statistics import RobustStatistics
+from esper.leyline import COMMIT, Action, Verdict
+from esper.tolaria.guard.ladder import Ladder, RecoveryHistory
+from esper.tolaria.guard.monitor import Grade, Monitor
 
+# While a declared change settles, the bars are this many times as high.
+_PAUSE_WIDTH = 4.0
 _ON_PROBATION = Verdict(Action.COMMIT, suspicious=True)
-
-
-class RecoveryHistory(msgspec.Struct):
-    """What the guard has done so far; a rollback does not take this back.
-
-    :param in_a_row: rollbacks without a full recovery in between.
-    :param last_rollback_step: step at which the last rollback was asked for.
-    """
-
-    in_a_row: int = 0
-    last_rollback_step: int = -1
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the fields."""
-        return msgspec.structs.asdict(self)
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Set the fields."""
-        for name, value in state_dict.items():
-            setattr(self, name, value)
 
 
 class Guard:
@@ -49,143 +25,196 @@ class Guard:
     :param config: thresholds and budgets.
     :ivar strictness: the thresholds are multiplied by this, ``trend_ratio`` by its excess over 1;
         below 1 a divergence is called sooner. Not part of the state.
+    :ivar total: the total loss under watch.
+    :ivar norm: the gradient norm under watch.
+    :ivar tasks: the loss of each task under watch, by name.
     """
 
     def __init__(self, config: GuardConfig | None = None) -> None:
         self.strictness = 1.0
         self.config = config or GuardConfig()
-        self.history = RecoveryHistory()
-        self.statistics = RobustStatistics(self.config.window)
-        self._spikes = 0
-        self._high = 0
+        self.total = Monitor("loss", self.config)
+        # Its tails are heavy, and it changes its level for good reasons: it may have updates
+        # skipped, but takes nothing back.
+        self.norm = Monitor("gradient_norm", self.config, lasting=False)
+        self.tasks: dict[str, Monitor] = {}
+        self._ladder = Ladder(self.config)
         self._not_finite = 0
         self._calm = 0
         self._suspect_since = -1
-        self._doubted: list[float] = []
+        self._pause = 0
+        self._pause_reason = ""
 
-    def judge(self, step: int, loss: float, gradient_norm: float | None = None) -> Verdict:
+    @property
+    def history(self) -> RecoveryHistory:
+        """What was done so far; a part of the state of its own, that no rollback takes back."""
+        return self._ladder.history
+
+    def judge(
+        self,
+        step: int,
+        loss: float,
+        gradient_norm: float | None = None,
+        losses: Mapping[str, float] | None = None,
+    ) -> Verdict:
         """Judge the step that is about to be committed.
 
         :param step: index of the step.
         :param loss: sum of its task losses.
         :param gradient_norm: norm of the combined gradient, when it was computed.
+        :param losses: loss by task. A batch without some task that has been met before is judged
+            by the tasks it has: its sum and its gradient are of another kind.
         """
-        if not math.isfinite(loss) or (
-            gradient_norm is not None and not math.isfinite(gradient_norm)
-        ):
+        if not math.isfinite(loss) or not (gradient_norm is None or math.isfinite(gradient_norm)):
             return self._judge_not_finite(step, loss, gradient_norm)
         self._not_finite = 0
-        if len(self.statistics) < self.config.warmup:
-            self.statistics.add(loss)
-            return COMMIT
-        return self._judge_finite(step, loss)
+        strictness = self._lenient() if self._pause else self.strictness
+        hold = self._suspect_since >= 0
+        worst, culprit = Grade.CALM, self.total
+        if losses is None or losses.keys() == self.tasks.keys() or self._meet(losses):
+            worst = self.total.observe(loss, strictness, hold)
+            if gradient_norm is not None:
+                grade = self.norm.observe(gradient_norm, strictness, hold)
+                if grade > worst:
+                    worst, culprit = grade, self.norm
+        if losses is not None and len(self.tasks) > 1:
+            for task, value in losses.items():
+                monitor = self.tasks[task]
+                grade = monitor.observe(value, strictness, hold)
+                if grade > worst:
+                    worst, culprit = grade, monitor
+        if worst:
+            return self._doubt(step, worst, culprit)
+        return self._commit_calm(step) if hold or self.history.in_a_row else COMMIT
+
+    def pause(self, steps: int, reason: str) -> None:
+        """Be lenient for a while: something was changed on purpose.
+
+        Values that are not finite are refused as ever. Others are measured with bars four times as
+        high, and enter the statistics, so that a new level becomes the normal one.
+
+        :param steps: judged steps that this lasts; a pause that lasts longer goes on.
+        :param reason: what was changed; told with every doubt meanwhile.
+        """
+        if steps > self._pause:
+            self._pause, self._pause_reason = steps, reason
 
     def note_recovered(self, step: int) -> None:
         """Start afresh after a rollback was carried out: the suspicion is over, its count stays."""
-        self.history.in_a_row += 1
-        self.history.last_rollback_step = step
-        self._clear_suspicion()
+        self._ladder.note_recovered(step)
+        self._end_suspicion()
+        for monitor in self._monitors():
+            monitor.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the statistics and counters, the recovery history aside."""
         return {
-            "statistics": self.statistics.state_dict(),
-            "in_a_row": [self._spikes, self._high, self._not_finite, self._calm],
+            "total": self.total.state_dict(),
+            "norm": self.norm.state_dict(),
+            "tasks": {task: monitor.state_dict() for task, monitor in self.tasks.items()},
+            "in_a_row": [self._not_finite, self._calm],
             "suspect_since": self._suspect_since,
-            "doubted": self._doubted,
+            "pause": [self._pause, self._pause_reason],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Continue from :meth:`state_dict`."""
-        self.statistics.load_state_dict(state_dict["statistics"])
-        self._spikes, self._high, self._not_finite, self._calm = state_dict["in_a_row"]
+        """Continue from :meth:`state_dict`; the tasks are those of the state."""
+        self.total.load_state_dict(state_dict["total"])
+        self.norm.load_state_dict(state_dict["norm"])
+        self.tasks = {task: self._monitor_of(task) for task in state_dict["tasks"]}
+        for task, monitor in self.tasks.items():
+            monitor.load_state_dict(state_dict["tasks"][task])
+        self._not_finite, self._calm = state_dict["in_a_row"]
         self._suspect_since = state_dict["suspect_since"]
-        self._doubted = list(state_dict["doubted"])
+        self._pause, self._pause_reason = state_dict["pause"]
 
-    def _judge_finite(self, step: int, loss: float) -> Verdict:
-        config, statistics = self.config, self.statistics
-        distance = statistics.distance(loss)
-        self._count(loss, distance)
-        if not self._spikes and not self._high:
-            statistics.add(loss)
-            return self._commit_calm(step)
+    def _monitors(self) -> list[Monitor]:
+        return [self.total, self.norm, *self.tasks.values()]
+
+    def _monitor_of(self, task: str) -> Monitor:
+        return Monitor(f"loss.{task}", self.config)
+
+    def _meet(self, losses: Mapping[str, float]) -> bool:
+        """Watch tasks that are new; return whether the batch has every task."""
+        new = [task for task in losses if task not in self.tasks]
+        for task in new:
+            self.tasks[task] = self._monitor_of(task)
+        if new:
+            # The total is a sum of other losses from here on.
+            self.total.restart()
+            self.norm.restart()
+        return len(losses) == len(self.tasks)
+
+    def _lenient(self) -> float:
+        self._pause -= 1
+        return self.strictness * _PAUSE_WIDTH
+
+    def _doubt(self, step: int, grade: Grade, monitor: Monitor) -> Verdict:
         self._calm = 0
-        self._doubted.append(loss)
         if self._suspect_since < 0:
             self._suspect_since = step
-        reason = (
-            f"loss {loss:.4g} lies {distance:.3g} MADs above the median of "
-            f"{statistics.median:.4g}; the average is {statistics.average:.4g}"
-        )
-        if self._spikes >= config.spike_patience or self._high >= config.trend_patience:
-            return self._call_divergence(step, reason)
+        reason = monitor.reason()
+        if self._pause:
+            reason += f", while this settles: {self._pause_reason}"
+        if grade is Grade.DIVERGED:
+            signal, trigger = monitor.signal, monitor.trigger()
+            return self._ladder.call(step, self._suspect_since, reason, signal, trigger)
+        self._give_up_old_suspicion(step)
+        spiked = grade is Grade.SPIKE
+        skip = spiked and monitor.spikes <= self.config.max_skips and self._ladder.may_skip(step)
         # One high loss is common and not worth a word; a spike, or a second one, is.
-        worth_telling = self._spikes or self._high > 1
-        return Verdict(Action.COMMIT, reason if worth_telling else "", suspicious=True)
-
-    def _count(self, loss: float, distance: float) -> None:
-        config, strictness = self.config, self.strictness
-        spiked = distance > strictness * config.spike_deviations
-        self._spikes = self._spikes + 1 if spiked else 0
-        raised = loss > (1 + strictness * (config.trend_ratio - 1)) * self.statistics.average
-        high = raised and distance > strictness * config.trend_deviations
-        self._high = self._high + 1 if high else 0
+        worth_telling = spiked or monitor.high > 1
+        return Verdict(
+            Action.SKIP if skip else Action.COMMIT,
+            reason if worth_telling else "",
+            suspicious=True,
+            signal=monitor.signal,
+            trigger=monitor.trigger() if worth_telling else {},
+        )
 
     def _commit_calm(self, step: int) -> Verdict:
-        self._forget_old_rollbacks(step)
+        self._ladder.forgive(step)
         if self._suspect_since < 0:
             return COMMIT
-        # A bad update may show only some steps later: the suspicion lasts until the loss has been
-        # calm for a while, so that a rollback then still goes back before its cause.
+        # A bad update may show only some steps later: the suspicion lasts until all has been calm
+        # for a while, so that a rollback then still goes back before its cause.
         self._calm += 1
-        if self._calm < self.config.margin:
+        self._give_up_old_suspicion(step)
+        if self._suspect_since >= 0 and self._calm < self.config.margin:
             return _ON_PROBATION
-        for doubted in self._doubted:
-            self.statistics.add(doubted, ceiling=self.config.trend_ratio * self.statistics.average)
-        self._clear_suspicion()
+        self._clear()
         return COMMIT
+
+    def _give_up_old_suspicion(self, step: int) -> None:
+        """End a suspicion that a whole window has not confirmed: the noise has become larger."""
+        if step - self._suspect_since >= self.config.window:
+            self._clear()
+
+    def _clear(self) -> None:
+        self._end_suspicion()
+        for monitor in self._monitors():
+            monitor.release()
+
+    def _end_suspicion(self) -> None:
+        self._not_finite = self._calm = 0
+        self._suspect_since = -1
 
     def _judge_not_finite(self, step: int, loss: float, norm: float | None) -> Verdict:
         self._not_finite += 1
+        signal = self.norm.signal if math.isfinite(loss) else self.total.signal
+        trigger = {"loss": loss, "not_finite_in_a_row": self._not_finite}
+        if norm is not None:
+            trigger["gradient_norm"] = norm
         what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
         reason = f"{what} is not finite"
         if self._suspect_since >= 0:
-            return self._call_divergence(step, f"{reason}, right after a spike of the loss")
-        if self._not_finite > self.config.max_skips:
+            reason += ", right after a spike"
+        elif self._not_finite > self.config.max_skips:
             self._suspect_since = step - self._not_finite + 1
-            return self._call_divergence(step, f"{reason} for {self._not_finite} steps in a row")
-        return Verdict(Action.SKIP, reason, suspicious=True)
-
-    def _call_divergence(self, step: int, reason: str) -> Verdict:
-        self._forget_old_rollbacks(step)
-        attempt = self.history.in_a_row
-        if attempt >= self.config.max_rollbacks:
-            return Verdict(
-                Action.HALT,
-                f"{reason}; {attempt} rollbacks did not help (guard.max_rollbacks)",
-                suspicious=True,
-            )
-        last_resort = attempt > 0 and attempt == self.config.max_rollbacks - 1
-        return Verdict(
-            Action.ROLLBACK,
-            reason,
-            suspicious=True,
-            first_suspect=self._suspect_since,
-            # Each further attempt goes back twice as far: the newest state may carry the cause.
-            before_step=self._suspect_since - self.config.margin * 2**attempt,
-            tier=Tier.DISK if last_resort else Tier.MEMORY,
-            rate_factor=1.0 if attempt == 0 else self.config.rate_cut,
-        )
-
-    def _forget_old_rollbacks(self, step: int) -> None:
-        history = self.history
-        if history.in_a_row and step - history.last_rollback_step >= self.config.recovery_steps:
-            history.in_a_row = 0
-
-    def _clear_suspicion(self) -> None:
-        self._spikes = self._high = self._not_finite = self._calm = 0
-        self._suspect_since = -1
-        self._doubted = []
+            reason += f" for {self._not_finite} steps in a row"
+        else:
+            return Verdict(Action.SKIP, reason, suspicious=True, signal=signal, trigger=trigger)
+        return self._ladder.call(step, self._suspect_since, reason, signal, trigger)
 
 
 class NullGuard:
@@ -198,9 +227,18 @@ class NullGuard:
         self.strictness = 1.0
         self.history = RecoveryHistory()
 
-    def judge(self, step: int, loss: float, gradient_norm: float | None = None) -> Verdict:  # noqa: ARG002 - Guard's signature
+    def judge(
+        self,
+        step: int,  # noqa: ARG002 - Guard's signature
+        loss: float,  # noqa: ARG002
+        gradient_norm: float | None = None,  # noqa: ARG002
+        losses: Mapping[str, float] | None = None,  # noqa: ARG002
+    ) -> Verdict:
         """Answer with a commit."""
         return COMMIT
+
+    def pause(self, steps: int, reason: str) -> None:
+        """Do nothing."""
 
     def note_recovered(self, step: int) -> None:
         """Do nothing."""

@@ -22,27 +22,32 @@ class RobustStatistics:
 
     :param window: values that median and deviation look back on.
     :ivar average: exponential average; not a number as long as there is no value.
+    :ivar highest: highest value of the window.
+    :ivar count: values in the window.
     """
 
     def __init__(self, window: int) -> None:
-        self._recent: deque[float] = deque(maxlen=window)
-        self._sorted: list[float] = []
         self.average = math.nan
-
-    def __len__(self) -> int:
-        return len(self._recent)
+        self.highest = -math.inf
+        self.count = 0
+        self._window = window
+        self._recent: deque[float] = deque()
+        self._sorted: list[float] = []
 
     def add(self, value: float, ceiling: float = math.inf) -> None:
         """Take in one finite value.
 
         :param ceiling: the average counts it for no more than this: one giant would blind it.
         """
-        if len(self._recent) == self._recent.maxlen:
-            oldest = self._recent.popleft()
-            del self._sorted[bisect_left(self._sorted, oldest)]
+        ordered = self._sorted
+        if self.count == self._window:
+            del ordered[bisect_left(ordered, self._recent.popleft())]
+        else:
+            self.count += 1
         self._recent.append(value)
-        insort(self._sorted, value)
-        if math.isnan(self.average):
+        insort(ordered, value)
+        self.highest = ordered[-1]
+        if self.count == 1:
             self.average = value
         else:
             self.average = _EWA_DECAY * self.average + (1 - _EWA_DECAY) * min(value, ceiling)
@@ -50,11 +55,7 @@ class RobustStatistics:
     @property
     def median(self) -> float:
         """Median of the window."""
-        return self._sorted[len(self._sorted) // 2]
-
-    def rank(self, above: int) -> float:
-        """Return the value of the window that ``above`` others are at least as large as."""
-        return self._sorted[-1 - above]
+        return self._sorted[self.count // 2]
 
     def distance(self, value: float) -> float:
         """Return how many median absolute deviations ``value`` lies above the median."""
@@ -71,15 +72,13 @@ class RobustStatistics:
         return excess / max(distances[len(distances) // 2], smallest)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return window and average; an average that is not there yet as None."""
-        return {
-            "recent": list(self._recent),
-            "average": None if math.isnan(self.average) else self.average,
-        }
+        """Return window and average; without any value, an average of 0."""
+        return {"recent": list(self._recent), "average": self.average if self.count else 0.0}
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Continue from :meth:`state_dict`."""
-        self._recent = deque(state_dict["recent"], maxlen=self._recent.maxlen)
+        """Continue from :meth:`state_dict`; of a longer window, the newest values are taken."""
+        self._recent = deque(state_dict["recent"][-self._window :])
         self._sorted = sorted(self._recent)
-        average = state_dict["average"]
-        self.average = math.nan if average is None else average
+        self.count = len(self._recent)
+        self.highest = self._sorted[-1] if self.count else -math.inf
+        self.average = state_dict["average"] if self.count else math.nan
