@@ -27,8 +27,8 @@ class Verdict(msgspec.Struct, frozen=True, gc=False):
     :param action: what to do with this step.
     :param reason: one sentence with the values that triggered it; empty for a commit.
     :param suspicious: the step may be the start of a divergence; a state saved now is unproven.
-    :param first_suspect: for a rollback, the step at which the suspicion began.
-    :param before_step: for a rollback, only states of this step or an older one may be restored.
+    :param first_suspect: for a rollback or halt, the step at which the suspicion began.
+    :param before_step: only states of this step or an older one are trusted then.
     :param tier: for a rollback, the tier to restore from.
     :param rate_factor: for a rollback, the learning rate is multiplied by this afterwards.
     :param rewarm_from: for a rollback, the learning rate begins at this share of itself afterwards

@@ -153,9 +153,14 @@ def _declare_changes(parts: Assembly, config: GuardConfig) -> None:
     def settle(change: str) -> None:
         parts.run.guard.pause(config.pause_steps, change)
 
+    def settle_model(change: str) -> None:
+        parts.run.objective.running.refresh()
+        settle(change)
+
+    parts.run.update.on_skip = parts.run.objective.running.put_back
     parts.run.update.on_rate_jump = lambda: settle("the schedule has changed the learning rate")
     if isinstance(parts.companions, Companions):
-        parts.companions.on_change = settle
+        parts.companions.on_change = settle_model
 
 
 def _update(job: TrainingJob, config: TolariaConfig) -> Update:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from esper.leyline import LossError
 from esper.tolaria.aggregation import Aggregator, ConflictReport, Mode, PCGrad, Sum, backward
+from esper.tolaria.guard.running import RunningStatistics
 from esper.tolaria.job import LossFunction
 
 SINGLE_TASK = "loss"
@@ -41,6 +42,7 @@ class Objective:
     :param mode: how the tasks' gradients are obtained; see
         :func:`~esper.tolaria.aggregation.backward`.
     :param measure_norm: whether to compute the norm of the combined gradient.
+    :ivar running: statistics of normalisation layers from before the last forward pass.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Objective:
         measure_norm: bool = True,
     ) -> None:
         self.aggregator: Aggregator = aggregator or PCGrad()
+        self.running = RunningStatistics(model)
         self._model = model
         self._loss = loss
         self._scaler = scaler
@@ -72,6 +75,7 @@ class Objective:
 
         :raises LossError: a loss is not one scalar tensor with a gradient, or there is none.
         """
+        self.running.remember()
         returned = self._loss(self._model, content)
         if isinstance(returned, Tensor):
             losses: dict[str, Any] = {SINGLE_TASK: returned}

@@ -71,6 +71,7 @@ class Update:
     :param scaler: unscales the gradients of float16 training and skips infinite ones itself.
     :param clip_norm: largest norm of the combined gradient.
     :ivar on_rate_jump: called when the schedule has changed the rate all at once.
+    :ivar on_skip: called when an update is skipped: undoes what else the step has changed.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Update:
     ) -> None:
         self.progress = Progress()
         self.on_rate_jump: Callable[[], None] = _do_nothing
+        self.on_skip: Callable[[], None] = _do_nothing
         self.optimizer = optimizer
         self._scheduler = scheduler
         self._scaler = scaler
@@ -123,6 +125,7 @@ class Update:
             self._scaler.unscale_(self.optimizer)
             self._scaler.update()
         self.optimizer.zero_grad()
+        self.on_skip()
         self.progress.step += 1
 
     def clear(self) -> None:

@@ -207,7 +207,7 @@ class Guard:
             trigger["gradient_norm"] = norm
         what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
         reason = f"{what} is not finite"
-        if self._suspect_since >= 0:
+        if any(monitor.spikes for monitor in self._monitors()):
             reason += ", right after a spike"
         elif self._not_finite > self.config.max_skips:
             self._suspect_since = step - self._not_finite + 1

@@ -71,7 +71,15 @@ class Ladder:
         config, attempt = self._config, self.history.in_a_row
         if attempt >= config.max_rollbacks:
             reason = f"{reason}; {attempt} rollbacks did not help (guard.max_rollbacks)"
-            return Verdict(Action.HALT, reason, suspicious=True, signal=signal, trigger=trigger)
+            return Verdict(
+                Action.HALT,
+                reason,
+                suspicious=True,
+                first_suspect=first_suspect,
+                before_step=first_suspect - config.margin,
+                signal=signal,
+                trigger=trigger,
+            )
         last_resort = attempt > 0 and attempt == config.max_rollbacks - 1
         return Verdict(
             Action.ROLLBACK,

@@ -28,7 +28,8 @@ class Monitor:
     :param config: thresholds.
     :param lasting: whether values that are far out are held back until the suspicion has proved
         wrong, so that a divergence cannot raise the bar it is measured with, nor ordinary noise be
-        left out of the bar. Otherwise they enter at once, and no number of them is a divergence.
+        left out of the bar. Otherwise they enter at once, no number of them is a divergence, and
+        there is none before the window is full.
     """
 
     def __init__(self, signal: str, config: GuardConfig, *, lasting: bool = True) -> None:
@@ -38,6 +39,7 @@ class Monitor:
         self.high = 0
         self._config = config
         self._lasting = lasting
+        self._warmup = config.warmup if lasting else config.window
         self._value = self._distance = 0.0
         self._held: list[float] = []
 
@@ -51,7 +53,7 @@ class Monitor:
         """
         statistics = self.statistics
         # The deviation is the costly part: it is not needed for a value that is no new high.
-        if value > statistics.highest and statistics.count >= self._config.warmup:
+        if value > statistics.highest and statistics.count >= self._warmup:
             grade = self._grade(value, strictness)
             if grade and self._lasting:
                 self._held.append(value)
