@@ -20,6 +20,10 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
 app.add_typer(config_app, name="config")
+incident_app = typer.Typer(
+    no_args_is_help=True, help="See what went wrong in a run, and go through it again."
+)
+app.add_typer(incident_app, name="incident")
 
 _TRAIN_EPILOG = """[bold]Examples[/]
 
@@ -177,6 +181,65 @@ def config_show(
     from esper.cli.config import show_config
 
     sys.exit(guarded(lambda: show_config(config, assignments, as_toml=toml), debug=debug))
+
+
+RunArgument = Annotated[str, typer.Argument(help="Path of a run, or its name.")]
+IncidentArgument = Annotated[str, typer.Argument(help="Name of the incident, or its number.")]
+
+
+@incident_app.command(
+    "ls", epilog="[bold]Example[/]: esper incident ls runs/20261124-101500-digits"
+)
+def incident_ls(run: RunArgument, runs: RunsOption = None, debug: DebugOption = False) -> None:
+    """List the incidents of a run: what was done about each, and what came of it."""
+    from esper.cli.incident import list_incidents
+
+    sys.exit(guarded(lambda: list_incidents(run, runs), debug=debug))
+
+
+@incident_app.command(
+    "show", epilog="[bold]Example[/]: esper incident show runs/20261124-101500-digits 1"
+)
+def incident_show(
+    run: RunArgument,
+    incident: IncidentArgument,
+    runs: RunsOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Show the record of one incident: trigger, steps before it, remedy, outcome, what is kept."""
+    from esper.cli.incident import show_incident
+
+    sys.exit(guarded(lambda: show_incident(run, incident, runs), debug=debug))
+
+
+_REPLAY_EPILOG = """[bold]Examples[/]
+
+esper incident replay RUN 1                    name the first operation that goes wrong
+
+esper incident replay RUN 1 --from healthy     tell whether the batch alone causes it
+"""
+
+
+@incident_app.command("replay", epilog=_REPLAY_EPILOG)
+def incident_replay(
+    run: RunArgument,
+    incident: IncidentArgument,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", help="healthy: run the batch on the healthy state, too."),
+    ] = None,
+    runs: RunsOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Take the steps that led to an incident again, to the bit, and watch every operation.
+
+    Names the first module and the first operation whose output or gradient is not finite, or else
+    breaks the trend, with the ranges of its inputs. The job is built anew, from the working
+    directory that the run was started in.
+    """
+    from esper.cli.incident import replay_incident
+
+    sys.exit(guarded(lambda: replay_incident(run, incident, start, runs), debug=debug))
 
 
 def main() -> None:

@@ -54,7 +54,7 @@ def run_training(request: TrainRequest) -> None:
     :raises EsperError: the request, the job or the run cannot be carried out.
     """
     settings, run = _prepare(request)
-    _seed(settings)
+    seed_generators(settings)
     job = build_job(settings.run.target)
     if run is None:
         run = create_run(settings, job.name)
@@ -102,7 +102,8 @@ def _prepare(request: TrainRequest) -> tuple[EsperSettings, Path | None]:
     return EsperSettings(**saved), run
 
 
-def _seed(settings: EsperSettings) -> None:
+def seed_generators(settings: EsperSettings) -> None:
+    """Set threads and seeds as a run has them when it builds its job."""
     if settings.train.threads:
         torch.set_num_threads(settings.train.threads)
     random.seed(settings.train.seed)

@@ -61,7 +61,8 @@ def range_of(tensor: Tensor, name: str = "") -> Range:
     odd = values.numel() - finite.numel()
     if finite.numel() == 0:
         return Range(name, dtype, shape, math.nan, math.nan, math.nan, math.nan, odd)
-    low, high = (bound.item() for bound in torch.aminmax(finite))
+    # Adding zero turns -0 into 0.
+    low, high = (bound.item() + 0.0 for bound in torch.aminmax(finite))
     rms = finite.square().mean().sqrt().item()
     return Range(name, dtype, shape, low, high, finite.mean().item(), rms, odd)
 
