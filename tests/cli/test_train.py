@@ -25,7 +25,8 @@ def test_a_run_leaves_its_directory_and_tells_where(esper: Esper, workplace: Pat
     assert result.returncode == 0, result.stderr
     run = workplace / "runs" / "first"
     assert {path.name for path in run.iterdir()} == {
-        "config.toml", "events.jsonl", "emergency.word", "checkpoints", "report.html"
+        "config.toml", "events.jsonl", "emergency.word", "rollback.deadline", "checkpoints",
+        "report.html",
     }  # fmt: skip
     assert "report  runs/first/report.html" in result.stderr.replace("\n", " ")
     assert len(steps_of(run)) == 40

@@ -9,6 +9,7 @@ from torch.utils.data import TensorDataset
 from esper.core.config import (
     CheckpointConfig,
     GuardConfig,
+    RollbackConfig,
     SnapshotConfig,
     TolariaConfig,
     TrainConfig,
@@ -70,5 +71,9 @@ def config(**sections: dict[str, Any]) -> TolariaConfig:
         train=TrainConfig(**({"epochs": 3, "device": "cpu"} | sections.get("train", {}))),
         guard=GuardConfig(**sections.get("guard", {})),
         snapshots=SnapshotConfig(**sections.get("snapshots", {})),
-        checkpoints=CheckpointConfig(**({"every": 10} | sections.get("checkpoints", {}))),
+        checkpoints=CheckpointConfig(
+            # Waited for, so that each lies at the step that a test expects.
+            **({"every": 10, "mode": "wait"} | sections.get("checkpoints", {}))
+        ),
+        rollback=RollbackConfig(**sections.get("rollback", {})),
     )

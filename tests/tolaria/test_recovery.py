@@ -43,16 +43,17 @@ def recovery(trainer: TolariaTrainer) -> Recovery:
 
 def test_the_newest_trusted_snapshot_is_taken(tmp_path: Path) -> None:
     trainer = trained(tmp_path)
-    result = recovery(trainer).roll_back(BACK_TO_25)
+    recovered = recovery(trainer).roll_back(BACK_TO_25)
+    result = recovered.rollback
     assert (result.tier, result.step, result.error) == (Tier.MEMORY, 20, "")
-    assert result.skipped == ((2, 0), (2, 1), (2, 2))
+    assert recovered.skipped == ((2, 0), (2, 1), (2, 2))
     assert trainer._parts.run.data.position == (1, 4)
     assert result.latency_ms < 5000
 
 
 def test_without_snapshots_the_disk_serves(tmp_path: Path) -> None:
     trainer = trained(tmp_path, snapshots={"enabled": False})
-    result = recovery(trainer).roll_back(BACK_TO_25)
+    result = recovery(trainer).roll_back(BACK_TO_25).rollback
     assert (result.tier, result.step) == (Tier.DISK, 20)
     assert "no healthy snapshot" in result.error
 
@@ -62,9 +63,9 @@ def test_the_disk_is_taken_first_when_the_verdict_asks_for_it(tmp_path: Path) ->
     verdict = Verdict(
         Action.ROLLBACK, "test", True, first_suspect=33, before_step=15, tier=Tier.DISK
     )
-    result = recovery(trainer).roll_back(verdict)
+    result = recovery(trainer).roll_back(verdict).rollback
     assert (result.tier, result.step) == (Tier.DISK, 10)
-    memory = trainer._parts.tiers.memory
+    memory = trainer._parts.rollback.tiers.memory
     assert memory is not None
     assert max(memory.steps) <= 10, "snapshots of the course taken back are gone"
 
@@ -76,7 +77,7 @@ def test_damaged_checkpoints_fall_back_to_memory(tmp_path: Path) -> None:
     verdict = Verdict(
         Action.ROLLBACK, "test", True, first_suspect=33, before_step=25, tier=Tier.DISK
     )
-    result = recovery(trainer).roll_back(verdict)
+    result = recovery(trainer).roll_back(verdict).rollback
     assert result.tier is Tier.MEMORY
     assert "state.json" in result.error
 
@@ -84,14 +85,14 @@ def test_damaged_checkpoints_fall_back_to_memory(tmp_path: Path) -> None:
 def test_when_nothing_is_old_enough_the_oldest_snapshot_serves(tmp_path: Path) -> None:
     trainer = trained(tmp_path, checkpoints={"enabled": False})
     verdict = Verdict(Action.ROLLBACK, "test", True, first_suspect=1, before_step=-7)
-    result = recovery(trainer).roll_back(verdict)
+    result = recovery(trainer).roll_back(verdict).rollback
     assert (result.tier, result.step) == (Tier.MEMORY, 0)
 
 
 def test_with_nothing_kept_it_says_why(tmp_path: Path) -> None:
     off = {"enabled": False}
     trainer = trained(tmp_path, snapshots=off, checkpoints=off)
-    result = recovery(trainer).roll_back(BACK_TO_25)
+    result = recovery(trainer).roll_back(BACK_TO_25).rollback
     assert result.tier is None
     assert "no healthy snapshot" in result.error
     assert "no checkpoint directory" in result.error
@@ -158,7 +159,7 @@ def test_a_resume_after_a_rollback_does_not_return_to_the_course_taken_back(
     for record in generator:
         if record.action == "rollback":
             break
-    store = first._parts.tiers.disk
+    store = first._parts.rollback.tiers.disk
     assert store is not None
     back_to = first._parts.run.update.progress.step
     assert record.step > back_to
@@ -177,12 +178,13 @@ def test_a_checkpoint_is_read_by_a_process_of_its_own(tmp_path: Path) -> None:
     trainer = trained(tmp_path, snapshots={"enabled": False})
     recovery(trainer).roll_back(BACK_TO_25)
     metrics = trainer.metrics_snapshot()
-    assert metrics["tolaria.timeout.rollback.success"] == 1
-    assert metrics["tolaria.timeout.rollback.last_ms"] > 0
+    assert metrics["tolaria.rollback.full.success_total"] == 1
+    assert metrics["tolaria.rollback.full.success_ms"] > 0
+    assert metrics["tolaria.rollback.fast.failure_total"] == 1
 
 
 def test_a_file_system_that_hangs_is_given_up_on_and_memory_serves(tmp_path: Path) -> None:
-    trainer = trained(tmp_path, checkpoints={"restore_deadline_ms": 3000})
+    trainer = trained(tmp_path, rollback={"full_deadline_ms": 3000})
     manifests = list((tmp_path / "checkpoints").glob("step-*/MANIFEST.json"))
     for path in manifests:
         # Whoever opens this to read waits for ever.
@@ -190,12 +192,13 @@ def test_a_file_system_that_hangs_is_given_up_on_and_memory_serves(tmp_path: Pat
         os.mkfifo(path)
     verdict = msgspec.structs.replace(BACK_TO_25, tier=Tier.DISK)
     began = time.monotonic()
-    result = recovery(trainer).roll_back(verdict)
+    result = recovery(trainer).roll_back(verdict).rollback
     assert result.tier is Tier.MEMORY
     assert "tolaria.rollback did not end within 3000 ms" in result.error
     assert 3 <= time.monotonic() - began < 8
-    assert trainer.metrics_snapshot()["tolaria.timeout.rollback.timeout"] == 1
-    # Or saving at the end would read them, on this thread.
+    assert result.deadline_exceeded
+    assert trainer.metrics_snapshot()["tolaria.rollback.full.deadline_exceeded_total"] == 1
+    # Or saving at the end would read them, until its own deadline.
     for path in manifests:
         path.unlink()
 
@@ -203,6 +206,5 @@ def test_a_file_system_that_hangs_is_given_up_on_and_memory_serves(tmp_path: Pat
 def test_with_a_closed_worker_a_checkpoint_is_read_all_the_same(tmp_path: Path) -> None:
     trainer = trained(tmp_path, snapshots={"enabled": False})
     trainer._parts.outside.worker.shutdown()
-    result = recovery(trainer).roll_back(BACK_TO_25)
+    result = recovery(trainer).roll_back(BACK_TO_25).rollback
     assert (result.tier, result.step) == (Tier.DISK, 20)
-    assert trainer.metrics_snapshot()["tolaria.timeout.rollback.refused"] == 1

@@ -106,10 +106,34 @@ class CheckpointConfig(Section):
     """Tier 2: durable checkpoints on disk."""
 
     enabled: bool = Field(True, description="Write checkpoints when the run has a directory.")
+    mode: Literal["overlap", "wait"] = Field(
+        "overlap", description="overlap: written beside training; wait: training stands still."
+    )
     every: PositiveInt = Field(100, description="Steps between two checkpoints.")
     keep: int = Field(3, ge=2, description="Newest checkpoints that are kept.")
-    restore_deadline_ms: PositiveFloat = Field(
-        60000.0, description="Time to read one back for a rollback; then the reader is killed."
+    keep_every: int = Field(
+        0, ge=0, description="Checkpoints at multiples of so many steps stay for good; 0: none."
+    )
+    best_metric: str | None = Field(
+        None, description="Validation metric; the epochs that are best by it are kept, too."
+    )
+    best_direction: Literal["min", "max"] = Field(
+        "min", description="Whether the lowest or the highest value of best_metric is the best."
+    )
+    keep_best: PositiveInt = Field(1, description="How many of the best are kept.")
+    save_deadline_ms: PositiveFloat = Field(
+        120000.0, description="A checkpoint that is not written by then is given up, and told of."
+    )
+
+
+class RollbackConfig(Section):
+    """How long going back to a trusted state may take."""
+
+    fast_deadline_ms: PositiveFloat = Field(
+        500.0, description="From a snapshot in memory; beyond that, a checkpoint is tried."
+    )
+    full_deadline_ms: PositiveFloat = Field(
+        12000.0, description="From a checkpoint on disk; then the process that reads is killed."
     )
 
 
@@ -179,6 +203,24 @@ class EmergencyConfig(Section):
     )
 
 
+class IncidentConfig(Section):
+    """Records of what went wrong, with all that is needed to go through it again."""
+
+    enabled: bool = Field(True, description="Record incidents when the run has a directory.")
+    max_records: PositiveInt = Field(
+        20, description="Records of a run; what comes after the first ones is counted only."
+    )
+    max_batch_megabytes: float = Field(
+        64.0, ge=0, description="Batch content kept with a record, in MiB; of more, the shapes are."
+    )
+    max_state_megabytes: float = Field(
+        512.0, ge=0, description="State kept with a record, in MiB; else a checkpoint is named."
+    )
+    write_deadline_ms: PositiveFloat = Field(
+        60000.0, description="A record that is not written by then is given up, and told of."
+    )
+
+
 class WorkerConfig(Section):
     """The worker that carries out every call to the outside under a deadline."""
 
@@ -192,6 +234,30 @@ class WorkerConfig(Section):
     max_loop_lag_ms: PositiveFloat = Field(
         100.0, description="A call that blocks the worker's event loop for longer is named."
     )
+
+
+class ProfilerConfig(Section):
+    """Profiles of a few steps; see the page docs/profiling.md."""
+
+    enabled: bool = Field(
+        True, description="Record a profile when asked for, on schedule, and when steps are slow."
+    )
+    wait: int = Field(0, ge=0, description="Steps before each scheduled recording.")
+    warmup: int = Field(
+        1, ge=0, description="Steps with the profiler on before each scheduled recording."
+    )
+    active: int = Field(0, ge=0, description="Steps of each; 0 means that none is scheduled.")
+    repeat: PositiveInt = Field(1, description="Recordings that are scheduled.")
+    slow_step_factor: float = Field(
+        3.0, gt=1, description="A step this many times slower than the median is slow; inf: none."
+    )
+    slow_step_patience: PositiveInt = Field(
+        3, description="Slow steps in a row that raise an alarm, and are profiled."
+    )
+    slow_step_cooldown: PositiveInt = Field(
+        1000, description="Steps after an alarm in which there is no other."
+    )
+    max_traces: PositiveInt = Field(8, description="Traces that a run keeps; no more are recorded.")
 
 
 class TelemetryConfig(Section):
@@ -211,11 +277,14 @@ class TolariaConfig(Section):
     guard: GuardConfig = GuardConfig()
     snapshots: SnapshotConfig = SnapshotConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
+    rollback: RollbackConfig = RollbackConfig()
     policy: PolicyConfig = PolicyConfig()
     breaker: BreakerConfig = BreakerConfig()
     conservative: ConservativeConfig = ConservativeConfig()
     emergency: EmergencyConfig = EmergencyConfig()
+    incidents: IncidentConfig = IncidentConfig()
     worker: WorkerConfig = WorkerConfig()
+    profiler: ProfilerConfig = ProfilerConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
 
 

@@ -20,18 +20,20 @@ from esper.tolaria.ending import Ending
 from esper.tolaria.epochs import Epochs
 from esper.tolaria.evaluation import Evaluation
 from esper.tolaria.guard import Guard, NullGuard
+from esper.tolaria.incident import Sources, open_incidents
 from esper.tolaria.job import TrainingJob
-from esper.tolaria.keeper import CheckpointSchedule, Keeper, Schedule, SnapshotSchedule
 from esper.tolaria.listening import open_emergency
 from esper.tolaria.loop import Run
 from esper.tolaria.objective import Objective
 from esper.tolaria.outside import Outside, open_outside
 from esper.tolaria.placement import placer, resolve_device
+from esper.tolaria.profiler import open_watch
 from esper.tolaria.recorder import Recorder
-from esper.tolaria.recovery import Recovery, RecoveryLog, RollbackTiers
+from esper.tolaria.recovery import Recovery, RecoveryLog
 from esper.tolaria.rescue import Rescue
-from esper.tolaria.rollback import CheckpointStore, FastRollbackCache
+from esper.tolaria.rollback import TwoTierRollback
 from esper.tolaria.state import TrainState
+from esper.tolaria.tiers import open_keeper, open_rollback
 from esper.tolaria.update import Update
 
 
@@ -60,7 +62,7 @@ class Assembly:
     run: Run
     state: TrainState
     hub: TelemetryHub | NullHub
-    tiers: RollbackTiers
+    rollback: TwoTierRollback
     companions: Companions | NoCompanions
     outside: Outside
     caution: Caution
@@ -93,16 +95,19 @@ def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings
     drill = _drill(surroundings, data, recorder)
     objective = _objective(job, config)
     state = _state(job, objective)
-    tiers = _tiers(config, surroundings.directory)
-    recovery = Recovery(state, tiers, outside.rollback, data, update, guard, log)
-    keeper = Keeper(state, update.progress, _schedules(config, tiers, recorder))
+    rollback = open_rollback(state, config, surroundings.directory, outside, recorder)
+    recovery = Recovery(rollback, data, update, guard, log)
+    keeper = open_keeper(state, config, rollback.tiers, outside, recorder)
     place, ending = placer(device), Ending()
     validation = _validation_plan(job)
     evaluation = Evaluation(job.model, validation, metrics=job.metrics, loss=job.loss, place=place)
     emergency = open_emergency(job.broadcast, surroundings.directory, outside, config, recorder)
-    sources: list[Measured] = [*outside.dependencies, mode, emergency]
+    profiler = open_watch(config.profiler, surroundings.directory, worker, recorder)
+    sources: list[Measured] = [*outside.dependencies, mode, emergency, profiler]
     boundary = Boundary(config.telemetry.epoch_boundary_ms, recorder, sources, emergency)
-    rescue = Rescue(recovery, keeper, recorder, ending, data, caution, emergency)
+    known = Sources(job.model, data, guard, rollback.tiers.memory)
+    incidents = open_incidents(surroundings.directory, job.name, config, known, worker, recorder)
+    rescue = Rescue(recovery, keeper, recorder, ending, caution, emergency, incidents)
     run = Run(
         data=data,
         place=place,
@@ -115,10 +120,11 @@ def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings
         rescue=rescue,
         epochs=Epochs(data, evaluation, recorder, companions, log, boundary),
         keeper=keeper,
+        profiler=profiler,
         ending=ending,
     )
     parts = Assembly(
-        run, state, hub, tiers, companions, outside, caution, boundary, log, plan, validation
+        run, state, hub, rollback, companions, outside, caution, boundary, log, plan, validation
     )
     _register_state(parts, recovery)
     _declare_changes(parts, config.guard)
@@ -191,26 +197,6 @@ def _state(job: TrainingJob, objective: Objective) -> TrainState:
     }
     stateful = {name: part for name, part in parts.items() if isinstance(part, Stateful)}
     return TrainState(job.model, job.optimizer, stateful)
-
-
-def _tiers(config: TolariaConfig, directory: Path | None) -> RollbackTiers:
-    memory = disk = None
-    if config.snapshots.enabled:
-        memory = FastRollbackCache(
-            config.snapshots.max_megabytes, max_snapshots=config.snapshots.max_snapshots
-        )
-    if config.checkpoints.enabled and directory is not None:
-        disk = CheckpointStore(directory / "checkpoints", keep=config.checkpoints.keep)
-    return RollbackTiers(memory, disk)
-
-
-def _schedules(config: TolariaConfig, tiers: RollbackTiers, recorder: Recorder) -> list[Schedule]:
-    schedules: list[Schedule] = []
-    if tiers.memory is not None:
-        schedules.append(SnapshotSchedule(tiers.memory, config.snapshots.every))
-    if tiers.disk is not None:
-        schedules.append(CheckpointSchedule(tiers.disk, config.checkpoints.every, recorder))
-    return schedules
 
 
 def _companions(

@@ -110,6 +110,22 @@ class Dependency:
         """Whether an answer is still expected."""
         return self._handle is not None
 
+    @property
+    def idle(self) -> bool:
+        """Whether no answer is expected, and no function of an earlier call still runs."""
+        return self._handle is None and not self._still_runs()
+
+    @property
+    def closed(self) -> bool:
+        """Whether the worker takes no calls any more, as at the end of the program."""
+        return self._worker.closed
+
+    def why_not(self) -> str:
+        """Return why nothing can be asked at present, as far as this can tell."""
+        if reason := self.held_open():
+            return reason
+        return "it still works on an earlier call" if self._still_runs() else "all slots are taken"
+
     def submit_async(
         self,
         function: Callable[..., Any],

@@ -54,6 +54,7 @@ class Epochs:
         began = time.perf_counter()
         state = self._state(self._data.epoch, validation, seconds)
         self._recorder.outlet.emit(state)
+        self._recorder.note_validation(state.step, validation)
         self._recorder.meter.reset()
         self._data.start_next_epoch()
         self._companions.attend(state)

@@ -1,7 +1,6 @@
 """The newest value of every metric, by name, for whoever asks."""
 
 from esper.tolaria.assembly import Assembly
-from esper.tolaria.keeper import CheckpointSchedule, SnapshotSchedule
 
 
 def collect_metrics(parts: Assembly) -> dict[str, float]:
@@ -13,14 +12,8 @@ def collect_metrics(parts: Assembly) -> dict[str, float]:
         "tolaria.rollback.total": float(parts.log.rollbacks),
         "tolaria.rollback.skipped_batches_total": float(parts.log.skipped_batches),
     }
-    if parts.tiers.memory is not None:
-        metrics["tolaria.rollback.fast_size_bytes"] = float(parts.tiers.memory.size_bytes)
-    for schedule in parts.run.keeper.schedules:
-        if isinstance(schedule, SnapshotSchedule):
-            metrics["tolaria.rollback.snapshots_total"] = float(schedule.taken)
-        elif isinstance(schedule, CheckpointSchedule):
-            metrics["tolaria.rollback.checkpoints_total"] = float(schedule.saved)
-            metrics["tolaria.rollback.checkpoint_failures_total"] = float(schedule.failed)
+    metrics.update(parts.run.keeper.metrics())
+    metrics.update(parts.rollback.metrics())
     metrics.update(parts.boundary.metrics())
     metrics.update(_from_meter(parts))
     return metrics

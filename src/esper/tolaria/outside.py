@@ -15,20 +15,20 @@ class Outside:
     :param worker: carries out their calls.
     :param tamiyo: the policy.
     :param kasmina: the executor of commands that change the model.
-    :param rollback: reads checkpoints back.
+    :param checkpoint: writes checkpoints.
     :param emergency: takes emergencies to whoever has to know.
     """
 
     worker: AsyncWorker
     tamiyo: Dependency
     kasmina: Dependency
-    rollback: Dependency
+    checkpoint: Dependency
     emergency: Dependency
 
     @property
     def dependencies(self) -> list[Dependency]:
         """All of them."""
-        return [self.tamiyo, self.kasmina, self.rollback, self.emergency]
+        return [self.tamiyo, self.kasmina, self.checkpoint, self.emergency]
 
 
 def open_outside(
@@ -39,7 +39,7 @@ def open_outside(
     timeouts_ms = {
         "tamiyo": config.policy.deadline_ms,
         "kasmina": config.policy.prepare_deadline_ms,
-        "rollback": config.checkpoints.restore_deadline_ms,
+        "checkpoint": config.checkpoints.save_deadline_ms,
         "emergency": config.emergency.broadcast_deadline_ms,
     }
     made = {

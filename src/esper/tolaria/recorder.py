@@ -34,6 +34,7 @@ class Recorder:
         self.outlet = outlet
         self.update = update
         self._log = log
+        self._validated: tuple[int, dict[str, float]] = -1, {}
 
     def record(
         self,
@@ -73,6 +74,15 @@ class Recorder:
         self.meter.add(record, len(batch.samples))
         self.outlet.emit(record)
         return record
+
+    def note_validation(self, step: int, metrics: dict[str, float]) -> None:
+        """Remember what was measured on the validation data after so many steps."""
+        self._validated = step, metrics
+
+    def validation_at(self, step: int) -> dict[str, float]:
+        """Return the validation metrics of the state after so many steps; empty without any."""
+        validated, metrics = self._validated
+        return metrics if validated == step else {}
 
     def event(
         self,

@@ -2,14 +2,15 @@
 
 from typing import Any
 
-from esper.leyline import Action, EmergencyLevel, Level, Verdict
+from esper.leyline import Action, EmergencyLevel, Level, StepRecord, Verdict
 from esper.tolaria.caution import Caution
-from esper.tolaria.data import Batch, ResumableLoader
+from esper.tolaria.data import Batch
 from esper.tolaria.emergency import EmergencyController
 from esper.tolaria.ending import Ending, Outcome
+from esper.tolaria.incident import IncidentRecorder
 from esper.tolaria.keeper import Keeper
 from esper.tolaria.recorder import Recorder
-from esper.tolaria.recovery import Recovery, RollbackResult
+from esper.tolaria.recovery import Recovered, Recovery
 
 
 class Rescue:
@@ -19,9 +20,9 @@ class Rescue:
     :param keeper: makes the restored state durable.
     :param recorder: told of every remedy.
     :param ending: asked to end the run when no remedy is left.
-    :param data: tells the samples of a skipped batch.
     :param caution: counts every step, and is told of rollbacks.
     :param emergency: escalated when no remedy is left.
+    :param incidents: told of everything that is no plain commit.
     """
 
     def __init__(
@@ -30,29 +31,44 @@ class Rescue:
         keeper: Keeper,
         recorder: Recorder,
         ending: Ending,
-        data: ResumableLoader,
         caution: Caution,
         emergency: EmergencyController,
+        incidents: IncidentRecorder,
     ) -> None:
+        self.incidents = incidents
         self._recovery = recovery
         self._keeper = keeper
         self._recorder = recorder
         self._ending = ending
-        self._data = data
         self._caution = caution
         self._emergency = emergency
 
-    def answer(self, step: int, batch: Batch, verdict: Verdict) -> None:
-        """Remember the step's batch, and carry out whatever its verdict asks for besides."""
+    def answer(self, record: StepRecord, batch: Batch, verdict: Verdict) -> None:
+        """Remember the step's batch, and carry out whatever its verdict asks for besides.
+
+        :param record: of the step.
+        """
+        step, incidents = record.step, self.incidents
         self._recovery.trail.note(step, batch)
         self._caution.note(verdict)
-        if verdict.action is Action.COMMIT:
+        incidents.course.append(record)
+        if verdict.suspicious:
+            incidents.suspect(step, batch)
+        if verdict.action is not Action.COMMIT:
+            # Before anything is done about it: the states that led here are still there.
+            incidents.begin(record, verdict)
+            self._remedy(step, verdict)
+        else:
+            if incidents.busy:
+                incidents.follow(record)
             if verdict.reason:
                 message = f"step {step}: {verdict.reason}"
                 self._recorder.event(
                     "guard_suspicious", message, Level.WARNING, step=step, **_trigger(verdict)
                 )
-        elif verdict.action is Action.SKIP:
+
+    def _remedy(self, step: int, verdict: Verdict) -> None:
+        if verdict.action is Action.SKIP:
             self._recovery.log.skipped_updates += 1
             message = f"step {step}: update skipped, {verdict.reason}"
             self._recorder.event(
@@ -69,23 +85,35 @@ class Rescue:
             self._halt(verdict.reason, verdict)
 
     def _roll_back(self, step: int, verdict: Verdict) -> None:
-        result = self._recovery.roll_back(verdict)
+        recovered = self._recovery.roll_back(verdict)
+        result = recovered.rollback
+        self.incidents.rolled_back(recovered)
+        if result.deadline_exceeded:
+            self._recorder.event(
+                "rollback_deadline_exceeded",
+                f"a rollback missed a deadline: {result.error}",
+                Level.WARNING,
+                latency_ms=result.latency_ms,
+                reason=result.error,
+            )
         if result.tier is None:
             reason = f"{verdict.reason}; no state to roll back to: {result.error}"
             self._halt(reason, verdict)
             return
         self._recorder.event(
             "rollback",
-            _story(step, verdict, result),
+            _story(step, verdict, recovered),
             Level.WARNING,
             tier=result.tier.value,
             from_step=step,
             to_step=result.step,
             reason=verdict.reason,
             latency_ms=result.latency_ms,
-            skipped_batches=[list(identity) for identity in result.skipped],
+            skipped_batches=[list(identity) for identity in recovered.skipped],
             skipped_samples=[
-                sample for identity in result.skipped for sample in self._data.samples_of(*identity)
+                sample
+                for identity in recovered.skipped
+                for sample in self._recovery.samples_of(*identity)
             ],
             rate_factor=verdict.rate_factor,
             rewarm_from=verdict.rewarm_from,
@@ -101,12 +129,13 @@ class Rescue:
         self._recorder.event(
             "guard_halted", message, Level.CRITICAL, reason=reason, **_trigger(verdict)
         )
+        self.incidents.halted(reason)
         self._ending.ask(Outcome.HALTED, reason)
         self._emergency.escalate(EmergencyLevel.CRITICAL, message)
 
 
-def _story(step: int, verdict: Verdict, result: RollbackResult) -> str:
-    batches = len(result.skipped)
+def _story(step: int, verdict: Verdict, recovered: Recovered) -> str:
+    result, batches = recovered.rollback, len(recovered.skipped)
     story = (
         f"diverged at step {step} ({verdict.reason}); rolled back to step {result.step} from "
         f"{result.tier} in {result.latency_ms:.1f} ms, {batches} batches skipped"

@@ -34,6 +34,7 @@ from esper.tolaria.job import LossFunction, TrainingJob
 from esper.tolaria.loop import steps
 from esper.tolaria.metrics import collect_metrics
 from esper.tolaria.state import TrainState
+from esper.tolaria.tiers import warn_of_slow_restore
 
 # At the end of a run, for emergencies that nobody has been told of yet.
 _TELLING_S = 2.0
@@ -134,7 +135,7 @@ class TolariaTrainer:
         :returns: the steps taken in it.
         :raises CheckpointError: there is no directory, or no valid checkpoint in it.
         """
-        store = self._parts.tiers.disk
+        store = self._parts.rollback.tiers.disk
         if store is None:
             raise CheckpointError(
                 "this run keeps no checkpoints; give it a directory and checkpoints.enabled = true"
@@ -172,6 +173,7 @@ class TolariaTrainer:
         self._announce()
         self._parts.companions.prepare()
         run.keeper.keep_first()
+        warn_of_slow_restore(self._parts.rollback, run.recorder)
         try:
             yield from steps(run)
             if run.update.progress.step == 0:
@@ -193,9 +195,11 @@ class TolariaTrainer:
         if ending.outcome is not Outcome.FAILED:
             parts.run.keeper.keep_last(healthy=ending.outcome is not Outcome.HALTED)
         parts.companions.close()
+        parts.run.profiler.close()
         self.emergency.close(_TELLING_S)
-        if parts.tiers.disk is not None:
-            parts.tiers.disk.close()
+        if parts.rollback.tiers.disk is not None:
+            parts.rollback.tiers.disk.close()
+        parts.run.rescue.incidents.close()
         last = parts.run.epochs.last
         failed = ending.outcome in (Outcome.HALTED, Outcome.FAILED)
         parts.run.recorder.event(
