@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from esper._version import __version__
+from esper.cli.checkpoint_app import checkpoint_app
 from esper.cli.errors import guarded
 from esper.cli.options import ConfigOption, DebugOption, RunsOption, SetOption
 
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
 app.add_typer(config_app, name="config")
+app.add_typer(checkpoint_app, name="checkpoint")
 incident_app = typer.Typer(
     no_args_is_help=True, help="See what went wrong in a run, and go through it again."
 )
@@ -157,6 +159,35 @@ def emergency(
 
     request = EmergencyRequest(run, level, reason, clear, runs)
     sys.exit(guarded(lambda: handle_emergency(request), debug=debug))
+
+
+_PROFILE_EPILOG = """[bold]Examples[/]
+
+esper profile RUN                              five steps, about as long as they take
+
+esper profile RUN --steps 20 --timeout 300     steps that take long
+
+The trace lies in RUN/profiles; open it in https://ui.perfetto.dev or in chrome://tracing.
+"""
+
+
+@app.command(epilog=_PROFILE_EPILOG)
+def profile(
+    run: Annotated[str, typer.Argument(help="Path of a run, or its name.")],
+    steps: Annotated[int, typer.Option(help="Steps to record.")] = 5,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the trace.")] = 60.0,
+    runs: RunsOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Have a running job profile its next steps, from another terminal; print the trace's path.
+
+    The job goes on training, with the same numbers. Several requests are carried out one after the
+    other; Ctrl-C takes this one back.
+    """
+    from esper.cli.profile import ProfileRequest, profile_run
+
+    request = ProfileRequest(run, steps, timeout, runs)
+    sys.exit(guarded(lambda: profile_run(request), debug=debug))
 
 
 @app.command(epilog="[bold]Example[/]: esper doctor --runs /data/runs")

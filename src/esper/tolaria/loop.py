@@ -18,6 +18,7 @@ from esper.tolaria.epochs import Epochs
 from esper.tolaria.guard import Guard, NullGuard
 from esper.tolaria.keeper import Keeper
 from esper.tolaria.objective import Objective
+from esper.tolaria.profiler import NoWatch, Watch
 from esper.tolaria.recorder import Recorder
 from esper.tolaria.rescue import Rescue
 from esper.tolaria.update import Update
@@ -38,6 +39,7 @@ class Run:
     rescue: Rescue
     epochs: Epochs
     keeper: Keeper
+    profiler: Watch | NoWatch
     ending: Ending
 
 
@@ -65,10 +67,11 @@ def steps(run: Run) -> Iterator[StepRecord]:
         run.update.carry_out(verdict, gradients)
         clock.append(now())
         record = run.recorder.record(step, batch, gradients, verdict, clock)
-        run.rescue.answer(step, batch, verdict)
+        run.rescue.answer(record, batch, verdict)
         run.brake.settle()
         run.epochs.close_when_ended()
         run.keeper.keep_when_due(verdict)
+        run.profiler.step(record)
         keeping = now() - clock[-1]
         yield record
         if run.ending.asked:

@@ -8,13 +8,11 @@ class Course:
     """Opens and ends recordings as a window says.
 
     :param window: how many steps of each kind.
-    :param step: number that the first step goes by in the trace.
     """
 
-    def __init__(self, window: Window, step: int = 0) -> None:
+    def __init__(self, window: Window) -> None:
         self._window = window
         self._position = 0
-        self._step = step
         self._recording: Recording | None = None
         self._held = False
 
@@ -23,14 +21,10 @@ class Course:
         """Whether all cycles are done."""
         return self._window.phase(self._position) is Phase.DONE
 
-    @property
-    def recording(self) -> bool:
-        """Whether the profiler is switched on."""
-        return self._recording is not None
-
-    def enter(self, *, ready: bool) -> None:
+    def enter(self, step: int, *, ready: bool) -> None:
         """Begin a step.
 
+        :param step: number that it goes by in the trace.
         :param ready: False holds the window before its next recording.
         :raises ProfilerError: the profiler cannot be switched on; the cycle is given up.
         """
@@ -46,7 +40,7 @@ class Course:
                 return
             if self._window.phase(position) is Phase.ACTIVE and not recording.started:
                 recording.start()
-            recording.begin_step(self._step)
+            recording.begin_step(step)
         except ProfilerError:
             self._recording = None
             raise
@@ -56,7 +50,6 @@ class Course:
 
         :raises ProfilerError: it cannot be used.
         """
-        self._step += 1
         if self._held:
             return None
         position = self._position

@@ -42,6 +42,7 @@ class Profiler:
         self._writer = TraceWriter(directory, run, worker)
         self._course = Course(window or Window())
         self.active = False
+        self._step = 0
         self._report = report
         self._untold: list[ProfilerError] = []
 
@@ -73,6 +74,7 @@ class Profiler:
         if not self.active:
             return
         self._leave()
+        self._step += 1
         self._writer.poll()
         self._enter()
         self.active = self._writer.busy or not self._course.over
@@ -80,7 +82,7 @@ class Profiler:
 
     def _enter(self) -> None:
         try:
-            self._course.enter(ready=not self._writer.busy)
+            self._course.enter(self._step, ready=not self._writer.busy)
         except ProfilerError as error:
             self._take(error)
 
