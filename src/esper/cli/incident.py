@@ -117,6 +117,9 @@ def _print_replay(console: Console, result: Replay) -> None:
             console.print(f"the batch itself is out of the ordinary: {_describe_batch(part)}")
     if look.batch and not any(part.unusual for part in look.batch):
         console.print("the batch itself is as usual")
+    sign = result.sign
+    if sign is not None and sign.first is not None:
+        console.print(f"already in step {sign.step}, {_describe(sign.first)}: {sign.first.output}")
     if result.healthy is not None:
         _print_cause(console, result)
 

@@ -63,19 +63,22 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches one step.
 
     :param model: whose modules are named.
-    :param baseline: what is usual; taken in or compared with.
-    :param learns: whether the step is a healthy one that shows what is usual.
+    :param baseline: what is usual.
+    :param doubtful: whether the guard doubted the step. In another one, values that are not finite
+        belong there, and only what is far out of the trend is remarked on.
     :ivar not_finite: the first output that is not finite.
     :ivar out_of_trend: the first output that breaks the trend.
+    :ivar values: root mean square of each output, by its place.
     """
 
-    def __init__(self, model: nn.Module, baseline: Baseline, *, learns: bool) -> None:
+    def __init__(self, model: nn.Module, baseline: Baseline, *, doubtful: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.not_finite: Finding | None = None
         self.out_of_trend: Finding | None = None
         self.operations = 0
+        self.values: list[tuple[Place, float]] = []
         self._baseline = baseline
-        self._learns = learns
+        self._doubtful = doubtful
         root = type(model).__name__
         self._paths = {id(module): path or root for path, module in model.named_modules()}
         self._names = {_memory(p): name for name, p in model.named_parameters()}
@@ -118,16 +121,21 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Carry an operation out and look at what it returns."""
         kwargs = kwargs or {}
         operation = str(func.overloadpacket)
-        if self._phase == "forward":
+        if self._forwards:
             self._note_nodes(operation)
         changes = func._schema.is_mutable
         # What an operation changes in place cannot be looked at any more afterwards.
-        inputs = self._ranges(args, kwargs) if changes and not self._learns else None
+        inputs = self._ranges(args, kwargs) if changes and self._doubtful else None
         result = func(*args, **kwargs)
         self.operations += 1
         if not func.is_view and not func._opname.startswith(_UNWRITTEN):
             self._look(operation, (args, kwargs), inputs, result)
         return result
+
+    @property
+    def _forwards(self) -> bool:
+        """Whether a module is under way; in a backward pass, to compute again what was not kept."""
+        return self._phase == "forward" or len(self._stack) > 1
 
     def _look(
         self,
@@ -145,9 +153,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 continue
             place: Place = (*key, occurrence, number)
             rms = rms_of(output)
-            if self._learns:
-                self._baseline.add(place, rms)
-                continue
+            self.values.append((place, rms))
             kind = self._kind(place, rms)
             if kind:
                 ranges = self._ranges(*given) if inputs is None else inputs
@@ -156,11 +162,12 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _kind(self, place: Place, rms: float) -> str:
         """Return what is wrong with an output, as long as nothing of the kind has been found."""
         if not math.isfinite(rms):
-            usual = self._baseline.often_not_finite(place)
+            usual = not self._doubtful or self._baseline.often_not_finite(place)
             return "" if usual or self.not_finite is not None else "not finite"
-        if self.out_of_trend is None and self._baseline.excess(place, rms) > 1:
-            return "out of trend"
-        return ""
+        if self.out_of_trend is not None:
+            return ""
+        broken = self._baseline.broken_by(place, rms, doubtful=self._doubtful)
+        return "out of trend" if broken else ""
 
     def _find(
         self, kind: str, place: Place, forward: str, inputs: tuple[Range, ...], output: Tensor
@@ -188,7 +195,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _where(self) -> tuple[str, str]:
         """Return the module that an operation belongs to, and in the backward pass its origin."""
-        if self._phase == "forward":
+        if self._forwards:
             return self._stack[-1], ""
         node: Any = torch._C._current_autograd_node()
         number = _NO_NODE if node is None else node._sequence_nr()

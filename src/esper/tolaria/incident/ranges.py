@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 # An output breaks the trend when its root mean square exceeds the highest of the steps before by
 # this factor, and by more than what those steps span among themselves.
 FACTOR = 8.0
-# Few steps say little about what is usual: the factor when there are fewer than _ENOUGH of them.
-_FACTOR_OF_FEW = 64.0
+# The factor where there are fewer steps than _ENOUGH, or where the guard saw nothing to doubt.
+_LARGE_FACTOR = 64.0
 _ENOUGH = 4
 
 # Phase, path of the module, operation, how many of the same came before it, number of the output.
@@ -89,35 +90,40 @@ def _as_real(tensor: Tensor) -> Tensor:
 
 
 class Baseline:
-    """What was usual in the steps before: the root mean square of each operation's output."""
+    """What was usual in the steps before: the root mean square of each operation's output.
+
+    :ivar steps: how many steps it was taken from.
+    """
 
     def __init__(self) -> None:
         self.steps = 0
         self._logs: dict[Place, list[float]] = defaultdict(list)
         self._not_finite: set[Place] = set()
 
-    def add(self, place: Place, rms: float) -> None:
-        """Take in one output of a step that went well."""
-        if not math.isfinite(rms):
-            self._not_finite.add(place)
-        elif rms > 0:
-            self._logs[place].append(math.log(rms))
+    def take_in(self, values: Iterable[tuple[Place, float]]) -> None:
+        """Take in the outputs of a step that went well."""
+        self.steps += 1
+        for place, rms in values:
+            if not math.isfinite(rms):
+                self._not_finite.add(place)
+            elif rms > 0:
+                self._logs[place].append(math.log(rms))
 
     def often_not_finite(self, place: Place) -> bool:
         """Whether values that are not finite are usual there, as in the mask of an attention."""
         return place in self._not_finite
 
-    def excess(self, place: Place, rms: float) -> float:
-        """Return by what share of the limit an output lies above what is usual.
+    def broken_by(self, place: Place, rms: float, *, doubtful: bool) -> bool:
+        """Whether an output lies so far above what is usual that it breaks the trend.
 
-        :returns: above 1, the trend is broken; 0 or less for what is usual or not known.
+        :param doubtful: the guard doubted the step; of another one, more is asked.
         """
         logs = self._logs.get(place)
-        if not logs or not rms > 0:
-            return 0.0
-        factor = FACTOR if len(logs) >= _ENOUGH else _FACTOR_OF_FEW
+        if not logs or not 0 < rms < math.inf:
+            return False
+        factor = FACTOR if doubtful and len(logs) >= _ENOUGH else _LARGE_FACTOR
         limit = max(math.log(factor), max(logs) - min(logs))
-        return (math.log(rms) - max(logs)) / limit
+        return math.log(rms) - max(logs) > limit
 
     def usual(self, place: Place) -> tuple[float, float] | None:
         """Return the lowest and the highest root mean square; None when nothing is known."""

@@ -189,6 +189,7 @@ class Incidents:
     def rolled_back(self, recovered: Recovered) -> None:
         """Add what the rollback did."""
         update, result = self._recorder.update, recovered.rollback
+        self._suspects.clear()
         attempt = self.course[-1].attempt + 1
         self._restarts[str(attempt)] = update.progress.state_dict()
         self._rates[attempt] = update.learning_rate

@@ -16,10 +16,11 @@ from esper.tolaria.assembly import Assembly, Surroundings, assemble
 from esper.tolaria.data import Batch
 from esper.tolaria.incident.batch_file import read_batch, tensors_of
 from esper.tolaria.incident.observer import Finding, Observer
-from esper.tolaria.incident.ranges import Baseline, Range, can_measure, range_of, rms_of
+from esper.tolaria.incident.ranges import Baseline, Place, Range, can_measure, range_of, rms_of
 from esper.tolaria.incident.record import BatchEntry, CourseStep, Incident, Number, read_incident
 from esper.tolaria.incident.recorder import environment_of
 from esper.tolaria.job import TrainingJob
+from esper.tolaria.objective import Gradients
 from esper.tolaria.recovery import KEPT
 from esper.tolaria.rollback import CheckpointStore
 from esper.tolaria.state import Capture
@@ -92,15 +93,17 @@ class Replay:
     :param steps: steps that were taken again.
     :param difference: the first step that came out otherwise; None when all are equal to the bit.
     :param reasons: what is not as it was then, and may be why.
+    :param sign: an earlier step, which the guard did not doubt, that something breaks the trend in.
     :param healthy: the offending batch on the healthy state, where that was asked for.
     """
 
     incident: Incident
     offending: StepLook
-    baseline_steps: int = 0
-    steps: int = 0
+    baseline_steps: int
+    steps: int
     difference: Difference | None = None
     reasons: list[str] = field(default_factory=list)
+    sign: StepLook | None = None
     healthy: StepLook | None = None
 
     @property
@@ -158,26 +161,25 @@ class _Stage:
                 f"{incident.last_step}; it cannot be gone through again"
             )
         self._restore()
-        difference, looks = None, []
+        difference, sign, looks = None, None, []
         for step in course:
-            watched = step.step >= incident.suspect
-            look, found = self._take(step, watched)
+            look, found = self._take(step)
+            looks.append(look)
             difference = difference or found
-            if watched:
-                looks.append(look)
-                if look.first is not None:
-                    break
-        result = Replay(incident, looks[-1], self._baseline.steps, difference=difference)
-        result.steps = self._baseline.steps + len(looks)
+            if step.step < incident.suspect:
+                sign = sign or (look if look.first is not None else None)
+            elif look.first is not None:
+                break
+        result = Replay(incident, looks[-1], self._baseline.steps, len(looks), difference)
+        result.sign = sign
         if from_healthy:
-            result.healthy = self._from_healthy(course[result.steps - 1])
+            result.healthy = self._from_healthy(course[len(looks) - 1])
         result.reasons = self._reasons
         return result
 
     def _from_healthy(self, step: CourseStep) -> StepLook:
         self._restore()
-        batch = self._fetch(step)
-        look, _ = self._observe(step, batch, learns=False)
+        look, _ = self._observe(step, self._fetch(step))
         return look
 
     def _restore(self) -> None:
@@ -191,12 +193,11 @@ class _Stage:
         # The batches of the course are asked for by name, whatever is skipped elsewhere.
         self._parts.run.data.skipped.clear()
 
-    def _take(self, step: CourseStep, watched: bool) -> tuple[StepLook, Difference | None]:
+    def _take(self, step: CourseStep) -> tuple[StepLook, Difference | None]:
         run = self._parts.run
         self._restart(step)
         self._set_rate(step.rate)
-        batch = self._fetch(step)
-        look, gradients = self._observe(step, batch, learns=not watched)
+        look, gradients = self._observe(step, self._fetch(step))
         norm = gradients.norm
         difference = _differs(step.step, "loss", step.loss, look.loss)
         if difference is None and step.gradient_norm is not None:
@@ -208,19 +209,20 @@ class _Stage:
             run.epochs.close_when_ended()
         return look, difference
 
-    def _observe(self, step: CourseStep, batch: Batch, *, learns: bool) -> tuple[StepLook, Any]:
+    def _observe(self, step: CourseStep, batch: Batch) -> tuple[StepLook, Gradients]:
         run, baseline = self._parts.run, self._baseline
+        doubtful = step.step >= self._incident.suspect
         content = run.drill.apply(batch.epoch, batch.number, run.place(batch.content))
         named = [(f"batch[{i}]", tensor) for i, tensor in enumerate(tensors_of(content))]
-        looks = tuple(_look_at(name, tensor, baseline, learns) for name, tensor in named)
+        observer = Observer(self._job.model, baseline, doubtful=doubtful)
+        looks = tuple(_look_at(name, tensor, observer.values, baseline) for name, tensor in named)
         run.update.clear()
-        observer = Observer(self._job.model, baseline, learns=learns)
         with observer.watching(named):
             losses = run.objective.losses(content)
             observer.turn()
             gradients = run.objective.backward(losses)
-        if learns:
-            baseline.steps += 1
+        if not doubtful and step.action == Action.COMMIT.value and observer.out_of_trend is None:
+            baseline.take_in(observer.values)
         look = StepLook(
             step.step,
             gradients.total,
@@ -311,17 +313,17 @@ def _reasons(incident: Incident, job: TrainingJob) -> list[str]:
     ]
 
 
-def _look_at(name: str, tensor: Tensor, baseline: Baseline, learns: bool) -> BatchLook:
-    place = ("batch", name, "", 0, 0)
+def _look_at(
+    name: str, tensor: Tensor, values: list[tuple[Place, float]], baseline: Baseline
+) -> BatchLook:
+    place: Place = ("batch", name, "", 0, 0)
     found = range_of(tensor, name)
     if not tensor.numel() or not can_measure(tensor):
         return BatchLook(found, None, unusual=False)
     rms = rms_of(tensor)
-    if learns:
-        baseline.add(place, rms)
-        return BatchLook(found, None, unusual=False)
+    values.append((place, rms))
     odd = found.not_finite > 0 and not baseline.often_not_finite(place)
-    unusual = odd or baseline.excess(place, rms) > 1
+    unusual = odd or baseline.broken_by(place, rms, doubtful=True)
     return BatchLook(found, baseline.usual(place), unusual)
 
 
