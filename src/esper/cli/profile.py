@@ -13,6 +13,8 @@ from esper.tolaria.profiler import MOST_STEPS, Reply, RequestBox, RequestError
 from esper.tolaria.rollback import is_locked
 
 _LOOK_EVERY_S = 0.05
+# Seldom: looking takes the lock for a moment when nobody has it.
+_CHECK_EVERY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ def profile_run(request: ProfileRequest) -> None:
         raise RunError(str(error)) from error
     if reply.error:
         raise RunError(f"{run.name} recorded no profile: {reply.error}")
-    typer.echo(reply.path)
+    # As seen from here: the job may name the directory differently.
+    typer.echo(run / "profiles" / Path(reply.path).name)
     typer.echo(
         f"{reply.steps} steps, {reply.bytes / 2**20:.2f} MiB; open it in https://ui.perfetto.dev",
         err=True,
@@ -77,16 +80,21 @@ def _ask(box: RequestBox, run: Path, request: ProfileRequest) -> Reply:
 
 
 def _wait(box: RequestBox, name: str, run: Path, timeout_s: float) -> Reply:
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        # In this order: a run that ends answers first.
-        running = _is_running(run)
+    now = time.monotonic()
+    end, check_at = now + timeout_s, now + _CHECK_EVERY_S
+    running = True
+    while now < end:
         reply = box.fetch(name)
         if reply is not None:
             return reply
         if not running:
             raise RunError(f"{run.name} has ended without an answer; nothing was recorded")
-        time.sleep(_LOOK_EVERY_S)
+        if now >= check_at:
+            # Before the next look: a run that ends answers first.
+            running, check_at = _is_running(run), now + _CHECK_EVERY_S
+        else:
+            time.sleep(_LOOK_EVERY_S)
+        now = time.monotonic()
     raise RunError(
         f"{run.name} has recorded no profile within {timeout_s:g} s, and the request is taken "
         "back; a run looks for requests between its steps: give a longer --timeout if they take "

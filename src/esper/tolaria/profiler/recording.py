@@ -62,7 +62,7 @@ class Recording:
         try:
             _refuse_to_share()
             self._profile.start_trace()
-        except (ProfilerError, RuntimeError) as error:
+        except Exception as error:
             _one_at_a_time.release()
             raise ProfilerError(f"torch's profiler does not start: {error}") from error
         self.started = True
@@ -88,7 +88,9 @@ class Recording:
         """
         try:
             self._stop()
-        except RuntimeError as error:
+        except ProfilerError:
+            raise
+        except Exception as error:
             raise ProfilerError(f"torch's profiler does not stop: {error}") from error
         finally:
             _one_at_a_time.release()
@@ -106,7 +108,7 @@ class Recording:
         profile = _KinetoProfile(activities=activities)
         try:
             profile.prepare_trace()
-        except RuntimeError as error:
+        except Exception as error:
             raise ProfilerError(f"torch's profiler cannot be prepared: {error}") from error
         return profile
 

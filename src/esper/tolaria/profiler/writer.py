@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from esper.core.worker import AsyncWorker, WorkerHandle
-from esper.leyline import ConfigError, EsperError, WorkerClosed, WorkerFull
+from esper.leyline import ConfigError, WorkerClosed, WorkerFull
 from esper.tolaria.profiler.names import trace_name
 from esper.tolaria.profiler.recording import ProfilerError, Recording
 
@@ -180,8 +180,8 @@ def _outcome_of(work: Callable[[], Trace]) -> Trace | ProfilerError:
         return work()
     except ProfilerError as error:
         return error
-    except EsperError as error:
-        failure = ProfilerError(f"the trace was not written: {error}")
+    except Exception as error:  # noqa: BLE001 - whatever is raised is told, and training goes on
+        failure = ProfilerError(f"the trace was not written: {type(error).__name__}: {error}")
         failure.__cause__ = error
         return failure
 
