@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from esper._version import __version__
+from esper.cli.checkpoint_app import checkpoint_app
 from esper.cli.errors import guarded
 from esper.cli.options import ConfigOption, DebugOption, RunsOption, SetOption
 
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
 app.add_typer(config_app, name="config")
+app.add_typer(checkpoint_app, name="checkpoint")
 incident_app = typer.Typer(
     no_args_is_help=True, help="See what went wrong in a run, and go through it again."
 )

@@ -24,6 +24,7 @@ from esper.tolaria.rollback.generation import (
     Label,
     describe,
     generations,
+    is_pinned,
     name_of,
     read_generation,
     set_pin,
@@ -167,7 +168,7 @@ class CheckpointStore:
                     raise CheckpointError(problem)
 
     def pin(self, step: int, *, pinned: bool = True) -> CheckpointInfo:
-        """Keep the checkpoint of a step for good, or let it go again.
+        """Keep the newest checkpoint of a step for good, or let it go again.
 
         :raises CheckpointError: there is none of this step, or it cannot be marked.
         """
@@ -284,11 +285,12 @@ class CheckpointStore:
 
     def _retire(self, saved: Path) -> str:
         """Delete what is not kept; return what kept something from being deleted."""
-        problems = [
-            self._delete(path, "it was saved again")
+        same = [
+            path
             for path in generations(self.directory)
-            if step_of(path) == step_of(saved) and path != saved
+            if step_of(path) == step_of(saved) and path != saved and not is_pinned(path)
         ]
+        problems = [self._delete(path, "it was saved again") for path in same]
         candidates = [
             Candidate(info.path, info.step, info.healthy, info.pinned, info.metrics)
             for info in self.list()
@@ -301,13 +303,8 @@ class CheckpointStore:
 
     def _set_aside(self, path: Path, problem: CheckpointError) -> str:
         """Rename a damaged checkpoint; return what to add to its problem if that fails."""
-        text = str(problem).replace(str(path), "").lower()
-        reason = re.sub(r"[^a-z0-9]+", "-", text).strip("-")[:_REASON_LENGTH].strip("-")
-        name = f"{path.name}{_DAMAGED}"
         try:
-            earlier = sum(entry.name.startswith(name) for entry in self.directory.iterdir())
-            aside = path.with_name(f"{name}-{reason}" + (f"-{earlier}" if earlier else ""))
-            self._disk.rename(path, aside)
+            self._disk.rename(path, _aside(path, str(problem)))
         except OSError as error:
             return f" (and it cannot be set aside: {error})"
         self._tell("set aside", path, step_of(path), reason=str(problem))
@@ -337,6 +334,15 @@ def _read_back(directory: Path) -> Manifest:
         raise CheckpointError(
             f"what was written in {directory.parent} cannot be read back: {error}"
         ) from error
+
+
+def _aside(path: Path, problem: str) -> Path:
+    """Return a free name for a damaged checkpoint, which tells what is wrong with it."""
+    text = problem.replace(str(path), "").lower()
+    reason = re.sub(r"[^a-z0-9]+", "-", text).strip("-")[:_REASON_LENGTH].strip("-")
+    name = f"{path.name}{_DAMAGED}"
+    earlier = sum(entry.name.startswith(name) for entry in path.parent.iterdir())
+    return path.with_name(f"{name}-{reason}" + (f"-{earlier}" if earlier else ""))
 
 
 def _problem(path: Path) -> str:

@@ -130,10 +130,15 @@ def describe(
         latency_ms=latency_ms,
         healthy=manifest.healthy,
         created=manifest.created,
-        pinned=(path / _PIN).exists(),
+        pinned=is_pinned(path),
         metrics=manifest.metrics,
         problem=problem,
     )
+
+
+def is_pinned(path: Path) -> bool:
+    """Whether a checkpoint is kept until somebody says otherwise."""
+    return (path / _PIN).exists()
 
 
 def set_pin(path: Path, pinned: bool, disk: FileSystem = DISK) -> None:
