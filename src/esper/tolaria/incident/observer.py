@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from esper.tolaria.incident.ranges import Baseline, Place, Range, can_measure, range_of, rms_of
+from esper.tolaria.incident.trace import Trace, memory_of
 
 OUTSIDE = "(loss function)"
 _COMBINING = "(gradients)"
@@ -59,6 +60,20 @@ class Finding:
     usual: tuple[float, float] | None
 
 
+@dataclass(frozen=True)
+class _Call:
+    """An operation with what it was given.
+
+    :param inputs: ranges of what it was given, where it has changed that.
+    :param parents: who wrote what of it is not finite.
+    """
+
+    operation: str
+    given: tuple[Any, Any]
+    inputs: tuple[Range, ...] | None
+    parents: tuple[int, ...]
+
+
 class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches one step.
 
@@ -66,7 +81,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     :param baseline: what is usual.
     :param doubtful: whether the guard doubted the step. In another one, values that are not finite
         belong there, and only what is far out of the trend is remarked on.
-    :ivar not_finite: the first output that is not finite.
+    :ivar not_finite: the first output that is not finite and does harm.
     :ivar out_of_trend: the first output that breaks the trend.
     :ivar values: root mean square of each output, by its place.
     """
@@ -79,10 +94,12 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.values: list[tuple[Place, float]] = []
         self._baseline = baseline
         self._doubtful = doubtful
+        self._trace = Trace()
+        self._origins: dict[int, Finding] = {}
         root = type(model).__name__
         self._paths = {id(module): path or root for path, module in model.named_modules()}
-        self._names = {_memory(p): name for name, p in model.named_parameters()}
-        self._names |= {_memory(b): name for name, b in model.named_buffers()}
+        self._names = {memory_of(p): name for name, p in model.named_parameters()}
+        self._names |= {memory_of(b): name for name, b in model.named_buffers()}
         self._stack = [OUTSIDE]
         self._seen: Counter[tuple[str, str, str]] = Counter()
         self._phase = "forward"
@@ -96,7 +113,7 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         :param batch: name and tensor of each part of the batch, to be named in ranges.
         """
-        self._names |= {_memory(tensor): name for name, tensor in batch}
+        self._names |= {memory_of(tensor): name for name, tensor in batch}
         before = register_module_forward_pre_hook(self._enter)
         after = register_module_forward_hook(self._leave, always_call=True)
         try:
@@ -123,29 +140,33 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         operation = str(func.overloadpacket)
         if self._forwards:
             self._note_nodes(operation)
+        parents = self._trace.parents((args, kwargs)) if self._doubtful else ()
         changes = func._schema.is_mutable
         # What an operation changes in place cannot be looked at any more afterwards.
         inputs = self._ranges(args, kwargs) if changes and self._doubtful else None
         result = func(*args, **kwargs)
         self.operations += 1
         if not func.is_view and not func._opname.startswith(_UNWRITTEN):
-            self._look(operation, (args, kwargs), inputs, result)
+            self._look(_Call(operation, (args, kwargs), inputs, parents), result)
         return result
+
+    def conclude(self, results: Sequence[Tensor]) -> None:
+        """Find the first output that is not finite and that a result is spoilt by.
+
+        :param results: losses and gradients.
+        """
+        harmful = self._trace.origins(results)
+        first = min(harmful & self._origins.keys(), default=None)
+        self.not_finite = None if first is None else self._origins[first]
 
     @property
     def _forwards(self) -> bool:
         """Whether a module is under way; in a backward pass, to compute again what was not kept."""
         return self._phase == "forward" or len(self._stack) > 1
 
-    def _look(
-        self,
-        operation: str,
-        given: tuple[Any, Any],
-        inputs: tuple[Range, ...] | None,
-        result: object,
-    ) -> None:
+    def _look(self, call: _Call, result: object) -> None:
         module, forward = self._where()
-        key = self._phase, module, operation
+        key = self._phase, module, call.operation
         occurrence = self._seen[key]
         self._seen[key] += 1
         for number, output in enumerate(tree_leaves(result)):
@@ -154,44 +175,49 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             place: Place = (*key, occurrence, number)
             rms = rms_of(output)
             self.values.append((place, rms))
-            kind = self._kind(place, rms)
-            if kind:
-                ranges = self._ranges(*given) if inputs is None else inputs
-                self._find(kind, place, forward, ranges, output)
+            if not math.isfinite(rms):
+                self._note_not_finite(call, place, forward, output)
+                continue
+            self._trace.cleaned(output)
+            if self.out_of_trend is None and self._baseline.broken_by(
+                place, rms, doubtful=self._doubtful
+            ):
+                self.out_of_trend = self._finding("out of trend", call, place, forward, output)
 
-    def _kind(self, place: Place, rms: float) -> str:
-        """Return what is wrong with an output, as long as nothing of the kind has been found."""
-        if not math.isfinite(rms):
-            usual = not self._doubtful or self._baseline.often_not_finite(place)
-            return "" if usual or self.not_finite is not None else "not finite"
-        if self.out_of_trend is not None:
-            return ""
-        broken = self._baseline.broken_by(place, rms, doubtful=self._doubtful)
-        return "out of trend" if broken else ""
+    def _note_not_finite(self, call: _Call, place: Place, forward: str, output: Tensor) -> None:
+        if not self._doubtful or self._baseline.often_not_finite(place):
+            return
+        parents = call.parents
+        if parents:
+            self._trace.wrote(output, parents)
+            return
+        finding = self._finding("not finite", call, place, forward, output)
+        # What has no name and was written by nobody that was seen comes from further up.
+        if any(given.not_finite and not given.name for given in finding.inputs):
+            parents = self._trace.newest
+        writer = self._trace.wrote(output, parents)
+        if not parents:
+            self._origins[writer] = finding
 
-    def _find(
-        self, kind: str, place: Place, forward: str, inputs: tuple[Range, ...], output: Tensor
-    ) -> None:
+    def _finding(
+        self, kind: str, call: _Call, place: Place, forward: str, output: Tensor
+    ) -> Finding:
         phase, module, operation, _, _ = place
-        finding = Finding(
+        return Finding(
             kind=kind,
             phase=phase,
             module=module,
             operation=operation,
             forward=forward,
             number=self.operations - 1,
-            inputs=inputs,
+            inputs=call.inputs or self._ranges(*call.given),
             output=range_of(output),
             usual=self._baseline.usual(place),
         )
-        if kind == "not finite":
-            self.not_finite = finding
-        else:
-            self.out_of_trend = finding
 
     def _ranges(self, args: Any, kwargs: Any) -> tuple[Range, ...]:  # noqa: ANN401
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        return tuple(range_of(tensor, self._names.get(_memory(tensor), "")) for tensor in tensors)
+        return tuple(range_of(tensor, self._names.get(memory_of(tensor), "")) for tensor in tensors)
 
     def _where(self) -> tuple[str, str]:
         """Return the module that an operation belongs to, and in the backward pass its origin."""
@@ -219,12 +245,3 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._note_nodes("")
         if len(self._stack) > 1:
             self._stack.pop()
-
-
-def _memory(tensor: Tensor) -> int:
-    """Return what a tensor and its views have in common."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):
-        # A tensor of another layout has no storage of its own.
-        return id(tensor)

@@ -221,6 +221,8 @@ class _Stage:
             losses = run.objective.losses(content)
             observer.turn()
             gradients = run.objective.backward(losses)
+        grads = [p.grad for p in run.objective.parameters if p.grad is not None]
+        observer.conclude([*losses.values(), *grads])
         if not doubtful and step.action == Action.COMMIT.value and observer.out_of_trend is None:
             baseline.take_in(observer.values)
         look = StepLook(
