@@ -11,6 +11,14 @@ from divergence_runs.setups import Batch
 POISON, GARBAGE, GROWTH = -30.0, 1e20, 1.5
 
 
+def _same(batch: Batch, age: int) -> Batch:  # noqa: ARG001 - a fault's signature
+    return batch
+
+
+def _nothing(model: nn.Module, age: int) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Fault:
     """A fault; ``age`` counts steps since its onset, from 0.
@@ -22,23 +30,23 @@ class Fault:
 
     name: str
     rate: float = 1.0
-    batch: Callable[[Batch, int], Batch] = lambda batch, age: batch
-    model: Callable[[nn.Module, int], None] = lambda model, age: None
+    batch: Callable[[Batch, int], Batch] = _same
+    model: Callable[[nn.Module, int], None] = _nothing
     needs_bf16: bool = False
 
 
 def _wrong_labels(batch: Batch, age: int) -> Batch:
-    """Every label of every batch from here on is another digit's."""
+    """Exchange every label of every batch from here on for another digit's."""
     return (batch[0], *((label + 1 + age % 9) % 10 for label in batch[1:]))
 
 
 def _poison(batch: Batch, age: int) -> Batch:
-    """One batch is scaled, negated and out of order, as in the drill of ``esper train``."""
+    """Scale, negate and reorder one batch, as the drill of ``esper train`` does."""
     return batch if age else (torch.roll(batch[0], 1, 0) * POISON, *batch[1:])
 
 
 def _garbage(batch: Batch, age: int) -> Batch:
-    """A few values of one batch are what an uninitialised buffer holds."""
+    """Put what an uninitialised buffer may hold into one batch."""
     if age:
         return batch
     images = batch[0].clone()
@@ -48,7 +56,7 @@ def _garbage(batch: Batch, age: int) -> Batch:
 
 @torch.no_grad()
 def _grow(model: nn.Module, age: int) -> None:
-    """The largest matrix is scaled up step by step, for ten steps."""
+    """Scale the largest matrix up, for ten steps."""
     if age < 10:
         max((p for p in model.parameters() if p.dim() > 1), key=torch.numel).mul_(GROWTH)
 

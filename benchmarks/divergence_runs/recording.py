@@ -1,14 +1,14 @@
 """Recording runs: losses and gradient norms of each step, healthy or with a fault."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from divergence_runs.faults import FAULTS, Fault
-from divergence_runs.setups import SETUPS, Setup, draw
+from divergence_runs.setups import Setup, draw
 
 HEALTHY = Fault("healthy")
 
@@ -63,17 +63,22 @@ def gradient_norm(model: nn.Module) -> float:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))).item()
 
 
-def healthy_runs(seeds: int, steps: int) -> Iterator[Trace]:
+def onset_of(fault: int, setup: int, seed: int) -> int:
+    """Return the step that a fault begins at, spread over 200 to 500 by their numbers."""
+    return 200 + (97 * fault + 53 * setup + 131 * seed) % 300
+
+
+def healthy_runs(setups: Sequence[Setup], seeds: Sequence[int], steps: int) -> Iterator[Trace]:
     """Record healthy runs of every setup."""
-    for setup in SETUPS:
-        for seed in range(seeds):
+    for setup in setups:
+        for seed in seeds:
             yield record(setup, HEALTHY, seed, -1, steps)
 
 
-def faulty_runs(seeds: int, after: int) -> Iterator[Trace]:
-    """Record runs of every setup under every fault; onsets are spread over 200 to 500 steps."""
+def faulty_runs(setups: Sequence[Setup], seeds: Sequence[int], after: int) -> Iterator[Trace]:
+    """Record runs of every setup under every fault, up to some steps after its onset."""
     for number, fault in enumerate(FAULTS):
-        for place, setup in enumerate(SETUPS):
-            for seed in range(seeds):
-                onset = 200 + (97 * number + 53 * place + 131 * seed) % 300
+        for place, setup in enumerate(setups):
+            for seed in seeds:
+                onset = onset_of(number, place, seed)
                 yield record(setup, fault, 100 + seed, onset, onset + after)

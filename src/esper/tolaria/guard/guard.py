@@ -14,8 +14,6 @@ from esper.leyline import COMMIT, Action, Verdict
 from esper.tolaria.guard.ladder import Ladder, RecoveryHistory
 from esper.tolaria.guard.monitor import Grade, Monitor
 
-# While a declared change settles, the bars are this many times as high.
-_PAUSE_WIDTH = 4.0
 _ON_PROBATION = Verdict(Action.COMMIT, suspicious=True)
 
 
@@ -68,21 +66,10 @@ class Guard:
         if not math.isfinite(loss) or not (gradient_norm is None or math.isfinite(gradient_norm)):
             return self._judge_not_finite(step, loss, gradient_norm)
         self._not_finite = 0
-        strictness = self._lenient() if self._pause else self.strictness
         hold = self._suspect_since >= 0
-        worst, culprit = Grade.CALM, self.total
-        if losses is None or losses.keys() == self.tasks.keys() or self._meet(losses):
-            worst = self.total.observe(loss, strictness, hold)
-            if gradient_norm is not None:
-                grade = self.norm.observe(gradient_norm, strictness, hold)
-                if grade > worst:
-                    worst, culprit = grade, self.norm
-        if losses is not None and len(self.tasks) > 1:
-            for task, value in losses.items():
-                monitor = self.tasks[task]
-                grade = monitor.observe(value, strictness, hold)
-                if grade > worst:
-                    worst, culprit = grade, monitor
+        worst, culprit = self._observe(loss, gradient_norm, losses, hold)
+        if self._pause:
+            self._pause -= 1
         if worst:
             return self._doubt(step, worst, culprit)
         return self._commit_calm(step) if hold or self.history.in_a_row else COMMIT
@@ -90,8 +77,8 @@ class Guard:
     def pause(self, steps: int, reason: str) -> None:
         """Be lenient for a while: something was changed on purpose.
 
-        Values that are not finite are refused as ever. Others are measured with bars four times as
-        high, and enter the statistics, so that a new level becomes the normal one.
+        Values that are not finite are refused as ever. Others are far out only above three times
+        the average, and enter the statistics below, so that a new level becomes the normal one.
 
         :param steps: judged steps that this lasts; a pause that lasts longer goes on.
         :param reason: what was changed; told with every doubt meanwhile.
@@ -128,6 +115,27 @@ class Guard:
         self._suspect_since = state_dict["suspect_since"]
         self._pause, self._pause_reason = state_dict["pause"]
 
+    def _observe(
+        self,
+        loss: float,
+        norm: float | None,
+        losses: Mapping[str, float] | None,
+        hold: bool,
+    ) -> tuple[Grade, Monitor]:
+        """Show every series its value; return the worst grade and the series that it is of."""
+        how = (self.strictness, hold, self._pause > 0)
+        worst, culprit = Grade.CALM, self.total
+        if losses is None or losses.keys() == self.tasks.keys() or self._meet(losses):
+            worst = self.total.observe(loss, *how)
+            if norm is not None and (grade := self.norm.observe(norm, *how)) > worst:
+                worst, culprit = grade, self.norm
+        if losses is not None and len(self.tasks) > 1:
+            for task, value in losses.items():
+                grade = self.tasks[task].observe(value, *how)
+                if grade > worst:
+                    worst, culprit = grade, self.tasks[task]
+        return worst, culprit
+
     def _monitors(self) -> list[Monitor]:
         return [self.total, self.norm, *self.tasks.values()]
 
@@ -144,10 +152,6 @@ class Guard:
             self.total.restart()
             self.norm.restart()
         return len(losses) == len(self.tasks)
-
-    def _lenient(self) -> float:
-        self._pause -= 1
-        return self.strictness * _PAUSE_WIDTH
 
     def _doubt(self, step: int, grade: Grade, monitor: Monitor) -> Verdict:
         self._calm = 0

@@ -6,6 +6,9 @@ from typing import Any
 from esper.core.config import GuardConfig
 from esper.tolaria.guard.statistics import RobustStatistics
 
+# While a declared change settles, a value is not far out below so many times the average.
+_LENIENT_RATIO = 3.0
+
 
 class Grade(IntEnum):
     """What a value says about training, from harmless to worst."""
@@ -43,17 +46,22 @@ class Monitor:
         self._value = self._distance = 0.0
         self._held: list[float] = []
 
-    def observe(self, value: float, strictness: float, hold: bool) -> Grade:
+    def observe(self, value: float, strictness: float, hold: bool, lenient: bool) -> Grade:
         """Grade the next value of the series.
 
         :param value: finite.
         :param strictness: the thresholds are multiplied by this, ``trend_ratio`` by its excess
             over 1.
         :param hold: keep even a calm value out of the statistics for now.
+        :param lenient: a declared change settles.
         """
         statistics = self.statistics
         # The deviation is the costly part: it is not needed for a value that is no new high.
-        if value > statistics.highest and statistics.count >= self._warmup:
+        if (
+            value > statistics.highest
+            and statistics.count >= self._warmup
+            and not (lenient and value <= _LENIENT_RATIO * statistics.average)
+        ):
             grade = self._grade(value, strictness)
             if grade and self._lasting:
                 self._held.append(value)
