@@ -1,8 +1,10 @@
 """What tests of the worker send to it; importable, so that it can be sent to a process."""
 
+import array
 import asyncio
 import ctypes
 import os
+import pickle
 import resource
 import signal
 import subprocess
@@ -15,7 +17,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from esper.core.worker import AsyncWorker, check_cancelled
+from esper.core.worker import AsyncWorker, allocate_shared, check_cancelled
 
 
 def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
@@ -241,3 +243,15 @@ class Adder:
 class LateAdder(Adder):
     async def __call__(self, x: int) -> int:
         return await self.add_later(x)
+
+
+def shared_numbers(count: int) -> tuple[pickle.PickleBuffer, str]:
+    """So many numbers, in shared memory that begins with something else."""
+    block = allocate_shared(4 * count + 8)
+    block[8:] = bytes(array.array("i", range(count)))
+    return pickle.PickleBuffer(block[8:]), "whole"
+
+
+def shared_and_own(count: int) -> tuple[pickle.PickleBuffer, str]:
+    """So many numbers in memory of its own."""
+    return pickle.PickleBuffer(bytearray(array.array("i", range(count)).tobytes())), "whole"

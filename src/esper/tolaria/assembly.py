@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from esper.core.config import GuardConfig, TolariaConfig
 from esper.core.worker import AsyncWorker, shared_worker
 from esper.leyline import Executor, Level, Sink, Stateful
@@ -78,8 +80,7 @@ def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings
     :raises DataError: the job's data cannot be iterated resumably.
     :raises ConfigError: the device is not available.
     """
-    device = resolve_device(config.train.device)
-    job.model.to(device)
+    place = placer(_move_model(job, config))
     plan = plan_data(job.data, batch_size=job.batch_size, shuffle=True, role="training")
     data = ResumableLoader(plan, seed=config.train.seed, epochs=config.train.epochs)
     update = _update(job, config)
@@ -98,7 +99,7 @@ def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings
     rollback = open_rollback(state, config, surroundings.directory, outside, recorder)
     recovery = Recovery(rollback, data, update, guard, log)
     keeper = open_keeper(state, config, rollback.tiers, outside, recorder)
-    place, ending = placer(device), Ending()
+    ending = Ending()
     validation = _validation_plan(job)
     evaluation = Evaluation(job.model, validation, metrics=job.metrics, loss=job.loss, place=place)
     emergency = open_emergency(job.broadcast, surroundings.directory, outside, config, recorder)
@@ -129,6 +130,12 @@ def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings
     _register_state(parts, recovery)
     _declare_changes(parts, config.guard)
     return parts
+
+
+def _move_model(job: TrainingJob, config: TolariaConfig) -> torch.device:
+    device = resolve_device(config.train.device)
+    job.model.to(device)
+    return device
 
 
 def _register_state(parts: Assembly, recovery: Recovery) -> None:

@@ -21,11 +21,15 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
+from esper.core.worker.shared_block import find_block
+
 _HEADER = struct.Struct("<QIQ")  # bytes inline, buffers, bytes in the memory file
 _SPAN = struct.Struct("<QQ")  # offset, bytes
 _ALIGNMENT = 64
 # Python keeps a descriptor for each map: many small results that are kept must not use them up.
 _COPIED = 2**20
+# One call that maps all pages is cheaper than a fault for each.
+_POPULATE = getattr(mmap, "MAP_POPULATE", 0)
 
 
 @dataclass(frozen=True)
@@ -78,10 +82,9 @@ class Packet:
     """
 
     def __init__(self, message: Message) -> None:
-        spans, size = _lay_out(message.buffers)
+        self._file, spans, size = _share(message.buffers)
         table = b"".join(_SPAN.pack(offset, length) for offset, length in spans)
         self._head = _HEADER.pack(len(message.inline), len(spans), size) + table + message.inline
-        self._file = _fill(message.buffers, spans, size) if size else -1
 
     def __del__(self) -> None:
         self.discard()
@@ -176,6 +179,17 @@ def _rebuild_tensor(
     return tensor.requires_grad_(requires_grad)
 
 
+def _share(buffers: Sequence[memoryview]) -> tuple[int, list[tuple[int, int]], int]:
+    """Return a memory file with the buffers, where they lie in it, and its size; -1 for none."""
+    found = find_block(buffers)
+    if found is not None:
+        file, size, offsets = found
+        lengths = [buffer.nbytes for buffer in buffers]
+        return os.dup(file), list(zip(offsets, lengths, strict=True)), size
+    spans, size = _lay_out(buffers)
+    return (_fill(buffers, spans, size) if size else -1), spans, size
+
+
 def _lay_out(buffers: Sequence[memoryview]) -> tuple[list[tuple[int, int]], int]:
     spans, end = [], 0
     for buffer in buffers:
@@ -206,7 +220,7 @@ def _take(file: int, size: int) -> memoryview:
         copy = bytearray(size)
         os.preadv(file, [copy], 0)
         return memoryview(copy)
-    return memoryview(mmap.mmap(file, size))
+    return memoryview(mmap.mmap(file, size, flags=mmap.MAP_SHARED | _POPULATE))
 
 
 def _allow(connection: socket.socket, deadline: float) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from esper.core.worker import allocate_shared
 from esper.leyline import CheckpointError
 from esper.tolaria.rollback.durable import (
     DISK,
@@ -35,6 +36,7 @@ from esper.tolaria.rollback.generation import (
 from esper.tolaria.rollback.journal import Entry, Journal
 from esper.tolaria.rollback.manifest import Manifest, UnknownFormatError, read_manifest
 from esper.tolaria.rollback.retention import Candidate, Retention
+from esper.tolaria.rollback.tensor_file import Allocate
 from esper.tolaria.state import Capturable, Capture
 
 _DAMAGED = ".damaged"
@@ -106,7 +108,7 @@ class CheckpointStore:
         :raises CheckpointError: it could not be written; older checkpoints are untouched.
         """
         began = time.perf_counter()
-        label = self._label(step, healthy, metrics or {})
+        label = _label(self.directory, step, healthy, metrics or {})
         try:
             self._acquire()
             final, manifest = self._write(state, label, before_commit)
@@ -132,16 +134,19 @@ class CheckpointStore:
         state.restore(capture)
         return info
 
-    def read_latest(self, *, before_step: int | None = None) -> tuple[CheckpointInfo, Capture]:
+    def read_latest(
+        self, *, before_step: int | None = None, allocate: Allocate | None = None
+    ) -> tuple[CheckpointInfo, Capture]:
         """Read the newest valid checkpoint without restoring it; see :meth:`load_latest`.
 
+        :param allocate: gives the memory for the tensors; this process's own by default.
         :raises CheckpointError: there is none, naming what was tried.
         """
         began = time.perf_counter()
         problems: dict[Path, str] = {}
         while path := self._newest(before_step, problems):
             try:
-                manifest, capture = read_generation(path)
+                manifest, capture = read_generation(path, allocate)
             except CheckpointError as error:
                 # What a newer Esper wrote is not ours to move; only damage is set aside.
                 foreign = isinstance(error, UnknownFormatError)
@@ -223,14 +228,6 @@ class CheckpointStore:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _label(self, step: int | None, healthy: bool, metrics: Mapping[str, float]) -> Label:
-        if step is None:
-            step = max(map(step_of, generations(self.directory)), default=-1) + 1
-        if step < 0:
-            raise CheckpointError(f"cannot save step {step}; give the number of steps taken")
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-        return Label(step, healthy, finite)
 
     def _write(
         self, state: Content, label: Label, before_commit: Callable[[], None] | None
@@ -324,7 +321,17 @@ class CheckpointStore:
 
 def read_checkpoint(directory: Path, before_step: int) -> tuple[CheckpointInfo, Capture]:
     """Read a checkpoint as :meth:`CheckpointStore.read_latest` does, for another process."""
-    return CheckpointStore(directory).read_latest(before_step=before_step)
+    store = CheckpointStore(directory)
+    return store.read_latest(before_step=before_step, allocate=allocate_shared)
+
+
+def _label(directory: Path, step: int | None, healthy: bool, metrics: Mapping[str, float]) -> Label:
+    if step is None:
+        step = max(map(step_of, generations(directory)), default=-1) + 1
+    if step < 0:
+        raise CheckpointError(f"cannot save step {step}; give the number of steps taken")
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return Label(step, healthy, finite)
 
 
 def _read_back(directory: Path) -> Manifest:

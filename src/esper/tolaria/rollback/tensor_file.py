@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -43,8 +43,8 @@ _WORTH_THREADS = 1 << 23
 _MALFORMED = (ValueError, KeyError, TypeError, RecursionError)
 
 
-# Gives a block of memory of so many bytes, as an array of uint8.
-Allocate = Callable[[int], Any]
+# Gives so many bytes of memory.
+Allocate = Callable[[int], memoryview]
 
 
 class Digests(NamedTuple):
@@ -105,11 +105,11 @@ def read_tensors(
     :returns: tensors by name; they share the block.
     :raises CheckpointError: the file is damaged, or a tensor is missing or differs.
     """
-    # numpy asks for huge pages, torch does not: page faults are most of what reading costs.
-    block, parts = _scan(path, digests, whole, allocate or (lambda size: np.empty(size, np.uint8)))
+    memory, parts = _scan(path, digests, whole, allocate or _allocate)
+    block = torch.from_numpy(np.frombuffer(memory, np.uint8))
     tensors = {}
     for part in parts:
-        piece = torch.from_numpy(block[part.first : part.last])
+        piece = block[part.first : part.last]
         if part.first % part.dtype.itemsize:
             piece = piece.clone()
         tensors[part.name] = piece.view(part.dtype).reshape(part.shape)
@@ -150,13 +150,13 @@ def _combine(header: bytes, digests: list[str]) -> str:
 
 def _scan(
     path: Path, digests: dict[str, str], whole: str, allocate: Allocate | None
-) -> tuple[Any, list[_Part]]:
+) -> tuple[memoryview, list[_Part]]:
     """Read a file once and check it; return its bytes, where they are asked for, and its parts."""
     try:
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             header, parts = _read_header(file, size)
-            block = None if allocate is None else allocate(size)
+            block = memoryview(b"") if allocate is None else allocate(size)
             found = _digest_parts(file.fileno(), parts, block)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
@@ -194,8 +194,8 @@ def _read_header(file: BinaryIO, size: int) -> tuple[bytes, list[_Part]]:
     return head + body, parts
 
 
-def _digest_parts(descriptor: int, parts: list[_Part], block: Any) -> list[str]:  # noqa: ANN401
-    """Return the digests of all parts, whose bytes go into the block, if there is one."""
+def _digest_parts(descriptor: int, parts: list[_Part], block: memoryview) -> list[str]:
+    """Return the digests of all parts, whose bytes go into the block, if it is not empty."""
 
     def digest(part: _Part) -> str:
         return _digest_part(descriptor, part, block)
@@ -211,20 +211,24 @@ def _digest_parts(descriptor: int, parts: list[_Part], block: Any) -> list[str]:
     return [done[index] for index in range(len(parts))]
 
 
-def _digest_part(descriptor: int, part: _Part, block: Any) -> str:  # noqa: ANN401 - an array
+def _digest_part(descriptor: int, part: _Part, block: memoryview) -> str:
     state = xxhash.xxh3_128()
-    scratch = None if block is not None else memoryview(bytearray(_CHUNK))
-    view = None if block is None else memoryview(block)
+    scratch = memoryview(bytearray(0 if block else _CHUNK))
     at = part.first
     while at < part.last:
         until = min(at + _CHUNK, part.last)
-        piece = scratch[: until - at] if scratch is not None else view[at:until]  # type: ignore[index]
+        piece = block[at:until] if block else scratch[: until - at]
         count = os.preadv(descriptor, [piece], at)
         if count == 0:
             raise OSError(f"it ended at byte {at} while it was read")
         state.update(piece[:count])
         at += count
     return state.hexdigest()
+
+
+def _allocate(size: int) -> memoryview:
+    # numpy asks for huge pages, torch does not: page faults are most of what reading costs.
+    return np.empty(size, np.uint8).data
 
 
 def _what(error: Exception) -> str:
