@@ -215,7 +215,8 @@ def _read_values(path: Path, digest: str) -> dict[str, Any]:
 def _encode_values(values: dict[str, Any]) -> bytes:
     try:
         _require_json(values, "values")
-        return json.dumps(values, indent=1).encode()
+        # Without an indent: only then is it not Python that writes it, character by character.
+        return json.dumps(values).encode()
     except (RecursionError, ValueError) as error:
         raise CheckpointError(f"cannot save the values as JSON: {error}") from error
 

@@ -1,14 +1,13 @@
 """Tensors in the safetensors layout: streamed out with digests, read back without pickle.
 
 The digest of a file is taken over its header and the digests of its tensors, in their order: one
-pass over the bytes proves both the whole and each part, and several threads can share it.
+pass over the bytes proves both the whole and each part.
 """
 
 import json
 import math
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -38,8 +37,8 @@ _LENGTH = 8
 # Small enough to be hashed while it is still in the processor's cache.
 _CHUNK = 1 << 18
 _WRITTEN_AT_ONCE = 1 << 23
-_THREADS = 4
-_WORTH_THREADS = 1 << 23
+
+
 _MALFORMED = (ValueError, KeyError, TypeError, RecursionError)
 
 
@@ -157,7 +156,7 @@ def _scan(
             size = os.fstat(file.fileno()).st_size
             header, parts = _read_header(file, size)
             block = memoryview(b"") if allocate is None else allocate(size)
-            found = _digest_parts(file.fileno(), parts, block)
+            found = [_digest_part(file.fileno(), part, block) for part in parts]
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except _MALFORMED as error:
@@ -192,23 +191,6 @@ def _read_header(file: BinaryIO, size: int) -> tuple[bytes, list[_Part]]:
     if end != size:
         raise ValueError(f"the tensors end at byte {end} of {size}")
     return head + body, parts
-
-
-def _digest_parts(descriptor: int, parts: list[_Part], block: memoryview) -> list[str]:
-    """Return the digests of all parts, whose bytes go into the block, if it is not empty."""
-
-    def digest(part: _Part) -> str:
-        return _digest_part(descriptor, part, block)
-
-    total = sum(part.last - part.first for part in parts)
-    threads = min(_THREADS, os.cpu_count() or 1, len(parts))
-    if threads < 2 or total < _WORTH_THREADS:
-        return [digest(part) for part in parts]
-    with ThreadPoolExecutor(threads) as pool:
-        # The largest first, so that none is left over for one thread at the end.
-        order = sorted(range(len(parts)), key=lambda i: parts[i].first - parts[i].last)
-        done = dict(zip(order, pool.map(digest, [parts[i] for i in order]), strict=True))
-    return [done[index] for index in range(len(parts))]
 
 
 def _digest_part(descriptor: int, part: _Part, block: memoryview) -> str:

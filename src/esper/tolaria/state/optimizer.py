@@ -25,19 +25,24 @@ class OptimizerState:
     def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
         self._optimizer = optimizer
         self._model = model
+        self._names: dict[int, str] = {}
+
+    def refresh(self) -> None:
+        """Look the names of parameters up again; needed after the model's structure has changed."""
+        self._names = {id(p): name for name, p in self._model.named_parameters()}
 
     def capture(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """Add the state's tensors to ``tensors`` and return everything else, as JSON values."""
-        state = self._optimizer.state
-        values = {
-            name: split(state[parameter], f"optimizer/{name}", tensors)
-            for name, parameter, _ in self._named()
-            if parameter in state
-        }
-        return {"groups": self._capture_groups(tensors), "state": values}
+        state, names, values = self._optimizer.state, {}, {}
+        for name, parameter, _ in self._named():
+            names[id(parameter)] = name
+            if parameter in state:
+                values[name] = split(state[parameter], f"optimizer/{name}", tensors)
+        return {"groups": self._capture_groups(names, tensors), "state": values}
 
-    def _capture_groups(self, tensors: dict[str, Tensor]) -> list[dict[str, Any]]:
-        names = {id(parameter): name for name, parameter, _ in self._named()}
+    def _capture_groups(
+        self, names: dict[int, str], tensors: dict[str, Tensor]
+    ) -> list[dict[str, Any]]:
         groups = []
         for index, group in enumerate(self._optimizer.param_groups):
             hyper = {key: value for key, value in group.items() if key != "params"}
@@ -98,10 +103,13 @@ class OptimizerState:
                 live[key] = source.to(_state_device(key, parameter, group), copy=True)
 
     def _named(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
-        for index, group in enumerate(self._optimizer.param_groups):
+        groups = self._optimizer.param_groups
+        if any(id(parameter) not in self._names for g in groups for parameter in g["params"]):
+            self.refresh()
+        for index, group in enumerate(groups):
             for position, parameter in enumerate(group["params"]):
-                yield names.get(id(parameter), f"group{index}.{position}"), parameter, group
+                name = self._names.get(id(parameter)) or f"group{index}.{position}"
+                yield name, parameter, group
 
 
 def _is_tensor(value: object) -> bool:

@@ -46,6 +46,7 @@ class TrainState:
     def refresh(self) -> None:
         """Look the model's modules up again; needed after its structure has changed."""
         self._homes = _homes(self._model)
+        self._optimizer.refresh()
 
     def capture(self) -> Capture:
         """Return the state. Its tensors are the live ones: copy them before training goes on.

@@ -29,7 +29,7 @@ def split(value: object, name: str, tensors: dict[str, Tensor]) -> Any:  # noqa:
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, Tensor):
-        tensors[name] = value.detach()
+        tensors[name] = value.detach() if value.requires_grad else value
         return {_TENSOR: name}
     if isinstance(value, list):
         return [split(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]
