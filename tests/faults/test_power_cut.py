@@ -80,22 +80,26 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
 
 
 def test_what_was_acknowledged_before_the_power_went_is_there_when_it_comes_back(
-    disk: Disk,
+    disk: Disk, tmp_path: Path
 ) -> None:
     seed, newest, saves = random.Random(0), 0, 0
+    said = tmp_path / "stderr"
     for _ in range(CUTS):
-        process = subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(disk.path / "checkpoints")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
-        )
+        with said.open("w") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-c", WRITER, str(disk.path / "checkpoints")],
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
+            )
         assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        assert process.stdout.readline() == "ready\n", said.read_text()
         acknowledged = newest
         for _ in range(seed.randrange(0, 6)):
-            acknowledged = int(process.stdout.readline())
+            line = process.stdout.readline()
+            assert line, said.read_text()
+            acknowledged = int(line)
         # Somewhere within the next save.
         try:
             process.wait(seed.uniform(0, 0.02))

@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import TensorDataset
 
 from esper.core.config import GuardConfig, SnapshotConfig
 from esper.leyline import Action, DivergenceError, Verdict
 from esper.tolaria import GuardedTraining
+from esper.tolaria.data import ResumableLoader, plan_data
 
 STEPS = 240
 Spoil = Callable[[int, Tensor], Tensor]
@@ -215,3 +217,34 @@ def test_gradients_of_a_scaler_are_judged_unscaled() -> None:
     scaler.scale(loss).backward()
     assert guarded.step(loss).action is Action.SKIP
     assert scaler.get_scale() == 512.0
+
+
+def test_a_resumable_loader_is_taken_back_and_leaves_the_batches_out() -> None:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(1280, 8, generator=generator)
+    data = TensorDataset(inputs, inputs[:, :2].sum(1, keepdim=True).sin())
+    plan = plan_data(data, batch_size=32, shuffle=True, role="training")
+    loader = ResumableLoader(plan, seed=0, epochs=4)
+    model, optimizer = network()
+    guarded = GuardedTraining(model, optimizer, components={"data": loader})
+    seen = []
+    for drawn in loader:
+        content, target = drawn.content
+        bad = (drawn.epoch, drawn.number) in ((2, 10), (2, 11))
+        loss = functional.mse_loss(model(content), target + (1e3 if bad else 0.0))
+        loss.backward()
+        guarded.step(loss, drawn)
+        seen.append((drawn.epoch, drawn.number))
+    assert guarded.rollbacks == 1
+    assert loader.skipped == {(2, 9), (2, 10), (2, 11)}
+    assert [seen.count((2, batch)) for batch in (7, 8, 9, 10, 11, 12)] == [2, 2, 1, 1, 1, 1]
+    assert set(seen) == {(epoch, batch) for epoch in range(4) for batch in range(40)}
+
+
+def test_with_a_resumable_loader_the_batch_has_to_be_told() -> None:
+    plan = plan_data(TensorDataset(torch.ones(4, 8)), batch_size=2, shuffle=False, role="training")
+    model, optimizer = network()
+    loader = ResumableLoader(plan, seed=0, epochs=1)
+    guarded = GuardedTraining(model, optimizer, components={"data": loader})
+    with pytest.raises(TypeError, match="lacks the batch"):
+        guarded.step(1.0)

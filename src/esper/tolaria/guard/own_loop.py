@@ -12,9 +12,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from esper.core.config import GuardConfig, SnapshotConfig
 from esper.leyline import Action, DivergenceError, Stateful, Verdict
+from esper.tolaria.data import Batch, ResumableLoader
 from esper.tolaria.guard.guard import Guard
 from esper.tolaria.guard.running import RunningStatistics
 from esper.tolaria.objective import SINGLE_TASK, Gradients
+from esper.tolaria.recovery import Trail
 from esper.tolaria.rollback import FastRollbackCache
 from esper.tolaria.state import TrainState
 from esper.tolaria.state.random_state import capture_random, restore_random
@@ -31,8 +33,9 @@ class GuardedTraining:
     the logger ``esper.guard`` and counted.
 
     A rollback takes back the model, the optimizer and what is given besides, but not the data: the
-    loop goes on with the next batches and so leaves those behind that led astray. The random
-    generators go on as well.
+    loop goes on with the next batches and so leaves those behind that led astray. A
+    :class:`~esper.tolaria.data.ResumableLoader` among the components is taken back, too, and leaves
+    them out from then on. The random generators go on.
 
     :param model: trained in place.
     :param optimizer: steps on ``.grad``.
@@ -71,6 +74,10 @@ class GuardedTraining:
         parts = {"scheduler": scheduler, "scaler": scaler, "guard": self.guard}
         self._state = TrainState(model, optimizer, {**_present(parts), **(components or {})})
         self._state.add("progress", self._update.progress)
+        self._trail = Trail()
+        self._state.add("trail", self._trail)
+        given = (components or {}).values()
+        self._loaders = [part for part in given if isinstance(part, ResumableLoader)]
 
     def __enter__(self) -> "GuardedTraining":
         """Return this object; a state to roll back to is kept at the first step."""
@@ -95,17 +102,25 @@ class GuardedTraining:
         """Rate that the next step takes."""
         return self._update.learning_rate
 
-    def step(self, loss: Tensor | float | Mapping[str, Tensor | float]) -> Verdict:
+    def step(
+        self, loss: Tensor | float | Mapping[str, Tensor | float], batch: Batch | None = None
+    ) -> Verdict:
         """Commit the update, skip it, or roll training back; clear the gradients.
 
         :param loss: what ``backward()`` was called on: one loss, or the loss of each task.
+        :param batch: what a resumable loader gave; needed if there is one.
         :returns: what was done, and why.
         :raises DivergenceError: no remedy is left. The model is in its last trusted state.
+        :raises TypeError: there is a resumable loader, but no batch was given.
         :raises StateError: the state does not fit the memory for snapshots.
         """
         step = self.steps
         if not self._cache.steps:
             self._cache.put(step, self._state)
+        if batch is not None:
+            self._trail.note(step, batch)
+        elif self._loaders:
+            raise TypeError("step() lacks the batch; a rollback has to know which to leave out")
         losses = dict(loss) if isinstance(loss, Mapping) else {SINGLE_TASK: loss}
         values = [
             value.detach().item() if isinstance(value, Tensor) else float(value)
@@ -140,9 +155,13 @@ class GuardedTraining:
         snapshot = self._cache.get_nearest(max(verdict.before_step, oldest))
         if snapshot is None:
             raise DivergenceError(f"step {step}: {verdict.reason}; there is no snapshot")
+        suspects = self._trail.since(verdict.first_suspect - 1)
         random = {name: state.clone() for name, state in capture_random().items()}
         self._cache.restore(snapshot, self._state)
         restore_random(random)
+        for loader in self._loaders:
+            for epoch, number in suspects:
+                loader.skip(epoch, number)
         if verdict.action is Action.HALT:
             raise DivergenceError(
                 f"step {step}: {verdict.reason}. The model is as it was after step {self.steps}; "
