@@ -150,12 +150,13 @@ class Observer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._look(_Call(operation, (args, kwargs), inputs, parents), result)
         return result
 
-    def conclude(self, results: Sequence[Tensor]) -> None:
+    def conclude(self, results: Sequence[Tensor], *, spoilt_besides: bool = False) -> None:
         """Find the first output that is not finite and that a result is spoilt by.
 
         :param results: losses and gradients.
+        :param spoilt_besides: their sum or norm is not finite, whether they are or not.
         """
-        harmful = self._trace.origins(results)
+        harmful = self._trace.origins(results, spoilt_besides=spoilt_besides)
         first = min(harmful & self._origins.keys(), default=None)
         self.not_finite = None if first is None else self._origins[first]
 

@@ -222,7 +222,9 @@ class _Stage:
             observer.turn()
             gradients = run.objective.backward(losses)
         grads = [p.grad for p in run.objective.parameters if p.grad is not None]
-        observer.conclude([*losses.values(), *grads])
+        sums = (gradients.total, gradients.norm or 0.0)
+        spoilt = not all(map(math.isfinite, sums))
+        observer.conclude([*losses.values(), *grads], spoilt_besides=spoilt)
         if not doubtful and step.action == Action.COMMIT.value and observer.out_of_trend is None:
             baseline.take_in(observer.values)
         look = StepLook(
@@ -298,9 +300,9 @@ def _read_state(directory: Path, incident: Incident) -> Capture:
         raise RunError(f"the state of {incident.id} cannot be read: {error}") from error
     if info.step != state.step:
         raise RunError(
-            f"the checkpoint of step {state.step} that {incident.id} names is gone; the oldest "
-            f"that would serve is of step {info.step}. Raise incidents.max_state_megabytes to have "
-            "the state kept with the incident"
+            f"the checkpoint of step {state.step} that {incident.id} names is gone; raise "
+            "incidents.max_state_megabytes to have the state kept with the incident, or "
+            "checkpoints.keep"
         )
     return capture
 

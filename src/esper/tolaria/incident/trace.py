@@ -60,10 +60,13 @@ class Trace:
             if memory in self._writers and output.nbytes >= output.untyped_storage().nbytes():
                 del self._writers[memory]
 
-    def origins(self, results: Iterable[Tensor]) -> set[int]:
-        """Return the numbers of all writers that what is not finite in ``results`` comes from."""
+    def origins(self, results: Iterable[Tensor], *, spoilt_besides: bool) -> set[int]:
+        """Return the numbers of all writers that what is not finite in ``results`` comes from.
+
+        :param spoilt_besides: something is not finite that was made of the results.
+        """
         spoilt = [result for result in results if not bool(torch.isfinite(result).all())]
-        left: list[int] = []
+        left = list(self.newest) if spoilt_besides and not spoilt else []
         for result in spoilt:
             writer = self._writers.get(memory_of(result))
             left.extend(self.newest if writer is None else (writer,))
