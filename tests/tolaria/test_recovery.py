@@ -10,6 +10,7 @@ import torch
 from esper.leyline import Action, StepRecord, Tier, Verdict
 from esper.tolaria import TolariaTrainer
 from esper.tolaria.recovery import Recovery
+from esper.tolaria.rollback import SharedDeadlineSignal
 from support.jobs import config, two_task_job
 from support.sinks import Memory
 
@@ -208,3 +209,32 @@ def test_with_a_closed_worker_a_checkpoint_is_read_all_the_same(tmp_path: Path) 
     trainer._parts.outside.worker.shutdown()
     result = recovery(trainer).roll_back(BACK_TO_25).rollback
     assert (result.tier, result.step) == (Tier.DISK, 20)
+
+
+def test_a_deadline_that_was_missed_is_told_and_put_where_others_can_read_it(
+    tmp_path: Path,
+) -> None:
+    trainer = trained(tmp_path, rollback={"fast_deadline_ms": 1e-6})
+    sink = trainer._surroundings.sinks[0]
+    assert isinstance(sink, Memory)
+    rescue = trainer._parts.run.rescue
+    rescue._roll_back(34, msgspec.structs.replace(BACK_TO_25, first_suspect=33))
+    trip = SharedDeadlineSignal(tmp_path / "rollback.deadline").read()
+    assert trip is not None
+    assert "rollback.fast_deadline_ms" in trip.reason
+    trainer._parts.hub.flush()
+    assert "would take" in sink.events("rollback_deadline_exceeded")[0].message
+    assert "rollbacks will be made from checkpoints" in sink.events("snapshot_slow")[0].message
+    assert sink.events("rollback")[0].data["tier"] == "disk"
+
+
+def test_a_disk_that_failed_too_often_is_left_alone_for_a_while(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, snapshots={"enabled": False})
+    for path in (tmp_path / "checkpoints").glob("step-*/MANIFEST.json"):
+        path.unlink()
+    for _ in range(4):
+        result = recovery(trainer).roll_back(BACK_TO_25).rollback
+        assert result.tier is None
+    assert "the breaker of rollback is open" in result.error
+    assert trainer.metrics_snapshot()["tolaria.timeout.rollback.error"] == 3
+    assert trainer.metrics_snapshot()["tolaria.timeout.rollback.refused"] == 1

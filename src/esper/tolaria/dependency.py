@@ -120,6 +120,11 @@ class Dependency:
         """Whether the worker takes no calls any more, as at the end of the program."""
         return self._worker.closed
 
+    @property
+    def crowded(self) -> bool:
+        """Whether all slots of the worker are taken."""
+        return len(self._worker.stats().live) >= self._worker.max_concurrency
+
     def why_not(self) -> str:
         """Return why nothing can be asked at present, as far as this can tell."""
         if reason := self.held_open():

@@ -16,6 +16,7 @@ class Outside:
     :param tamiyo: the policy.
     :param kasmina: the executor of commands that change the model.
     :param checkpoint: writes checkpoints.
+    :param rollback: reads checkpoints back.
     :param emergency: takes emergencies to whoever has to know.
     """
 
@@ -23,12 +24,13 @@ class Outside:
     tamiyo: Dependency
     kasmina: Dependency
     checkpoint: Dependency
+    rollback: Dependency
     emergency: Dependency
 
     @property
     def dependencies(self) -> list[Dependency]:
         """All of them."""
-        return [self.tamiyo, self.kasmina, self.checkpoint, self.emergency]
+        return [self.tamiyo, self.kasmina, self.checkpoint, self.rollback, self.emergency]
 
 
 def open_outside(
@@ -40,6 +42,7 @@ def open_outside(
         "tamiyo": config.policy.deadline_ms,
         "kasmina": config.policy.prepare_deadline_ms,
         "checkpoint": config.checkpoints.save_deadline_ms,
+        "rollback": config.rollback.full_deadline_ms,
         "emergency": config.emergency.broadcast_deadline_ms,
     }
     made = {

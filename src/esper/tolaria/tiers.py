@@ -6,6 +6,7 @@ from esper.core.config import CheckpointConfig, TolariaConfig
 from esper.leyline import Level
 from esper.tolaria.keeper import CheckpointSchedule, Keeper, SnapshotSchedule
 from esper.tolaria.outside import Outside
+from esper.tolaria.reading import DependencyReader
 from esper.tolaria.recorder import Recorder
 from esper.tolaria.recovery import KEPT
 from esper.tolaria.rollback import (
@@ -47,7 +48,7 @@ def open_rollback(
         deadlines=RollbackDeadlines(
             config.rollback.fast_deadline_ms, config.rollback.full_deadline_ms
         ),
-        worker=outside.worker,
+        read=DependencyReader(outside.rollback),
         signal=_open_signal(directory, recorder),
         keep=KEPT,
     )

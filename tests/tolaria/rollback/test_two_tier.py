@@ -12,6 +12,7 @@ from esper.leyline import Tier
 from esper.tolaria.rollback import (
     CheckpointStore,
     FastRollbackCache,
+    ProcessReader,
     RollbackDeadlines,
     RollbackTiers,
     SharedDeadlineSignal,
@@ -123,7 +124,11 @@ def test_a_disk_that_never_answers_costs_the_deadline_and_leaves_nothing(
     process = psutil.Process()
     with SharedDeadlineSignal(tmp_path / "signal") as signal:
         rollback = TwoTierRollback(
-            state, RollbackTiers(None, tiers.disk), deadlines=LATE, worker=worker, signal=signal
+            state,
+            RollbackTiers(None, tiers.disk),
+            deadlines=LATE,
+            read=ProcessReader(worker),
+            signal=signal,
         )
         rollback.attempt(10)
         until(lambda: not worker.stats().live)
@@ -159,7 +164,7 @@ def test_a_full_worker_is_waited_for_until_the_deadline(
         state,
         RollbackTiers(None, tiers.disk),
         deadlines=RollbackDeadlines(full_ms=300),
-        worker=worker,
+        read=ProcessReader(worker),
     )
     result = rollback.attempt(10)
     assert (result.tier, result.deadline_exceeded) == (None, True)

@@ -7,6 +7,7 @@ from esper.tolaria.rollback.generation import CheckpointInfo
 from esper.tolaria.rollback.retention import Retention
 from esper.tolaria.rollback.snapshot import FastRollbackCache, Snapshot, snapshot_bytes
 from esper.tolaria.rollback.two_tier import (
+    ProcessReader,
     RollbackDeadlines,
     RollbackResult,
     RollbackTiers,
@@ -21,6 +22,7 @@ __all__ = [
     "DeadlineTrip",
     "FastRollbackCache",
     "FileSystem",
+    "ProcessReader",
     "Retention",
     "RollbackDeadlines",
     "RollbackResult",

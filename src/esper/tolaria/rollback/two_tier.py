@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Container
 from dataclasses import dataclass
+from typing import Protocol
 
 from esper.core.latency import LatencyHistogram
 from esper.core.worker import AsyncWorker, Isolation, shared_worker
@@ -71,14 +72,48 @@ class RollbackResult:
     error: str = ""
 
 
+class Read(Protocol):
+    """Reads a checkpoint without ever taking longer than it may."""
+
+    def __call__(
+        self, store: CheckpointStore, before_step: int, deadline: float
+    ) -> tuple[CheckpointInfo, Capture]:
+        """Read the newest valid checkpoint of a step or an earlier one.
+
+        :param deadline: on ``time.monotonic``.
+        :raises DeadlineExceeded: it does not come in time.
+        :raises EsperError: it cannot be read.
+        """
+        ...
+
+
+class ProcessReader:
+    """Reads in a process that can be killed: a file system may hang for ever.
+
+    :param worker: has the process; that of this program by default.
+    """
+
+    def __init__(self, worker: AsyncWorker | None = None) -> None:
+        self._worker = worker
+
+    def __call__(
+        self, store: CheckpointStore, before_step: int, deadline: float
+    ) -> tuple[CheckpointInfo, Capture]:
+        """Read; see :class:`Read`."""
+        worker = self._worker or shared_worker()
+        if worker.closed:
+            with AsyncWorker(1, 0.0) as own:
+                return _ask(own, store, before_step, deadline)
+        return _ask(worker, store, before_step, deadline)
+
+
 class TwoTierRollback:
     """Rolls a state back, again and again, and measures how that goes.
 
     :param state: restored in place.
     :param tiers: snapshots and checkpoints.
     :param deadlines: of both tiers.
-    :param worker: reads checkpoints, in a process that is killed at the deadline; the process's
-        own by default.
+    :param read: reads checkpoints; by default a process that is killed at the deadline does.
     :param signal: told of deadlines that were exceeded.
     :param keep: names of components that a rollback leaves as they are.
     """
@@ -89,7 +124,7 @@ class TwoTierRollback:
         tiers: RollbackTiers,
         *,
         deadlines: RollbackDeadlines | None = None,
-        worker: AsyncWorker | None = None,
+        read: Read | None = None,
         signal: SharedDeadlineSignal | None = None,
         keep: Container[str] = (),
     ) -> None:
@@ -97,7 +132,7 @@ class TwoTierRollback:
         self.deadlines = deadlines or RollbackDeadlines()
         self.signal = signal or SharedDeadlineSignal()
         self._state = state
-        self._worker = worker
+        self._read = read or ProcessReader()
         self._keep = keep
         self._counts: Counter[tuple[Tier, str]] = Counter()
         self._latencies = {
@@ -194,16 +229,6 @@ class TwoTierRollback:
         if self.tiers.memory is not None:
             self.tiers.memory.discard_after(info.step)
         return info.step
-
-    def _read(
-        self, store: CheckpointStore, before_step: int, deadline: float
-    ) -> tuple[CheckpointInfo, Capture]:
-        """Read a checkpoint in a process that can be killed: a file system may hang for ever."""
-        worker = self._worker or shared_worker()
-        if worker.closed:
-            with AsyncWorker(1, 0.0) as own:
-                return _ask(own, store, before_step, deadline)
-        return _ask(worker, store, before_step, deadline)
 
     def _measure(self, tier: Tier, how: str, began: float) -> None:
         self._counts[tier, how] += 1
