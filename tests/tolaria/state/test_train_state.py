@@ -82,6 +82,91 @@ def test_training_from_a_snapshot_repeats_to_the_bit_twice(optimizer: str) -> No
         assert same(trainee.train(5), expected)
 
 
+class Embedded(nn.Module):
+    """A model whose parameters all suit one of the more particular optimizers."""
+
+    def __init__(self, *, sparse: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(16, 4, sparse=sparse)
+        self.out = None if sparse else nn.Linear(4, 3, bias=False)
+
+    def loss(self) -> torch.Tensor:
+        found = self.table(torch.randint(16, (8,)))
+        return ((found if self.out is None else self.out(found)) - 1).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "sparse"),
+    [
+        (lambda p: torch.optim.SparseAdam(p, lr=0.05), True),
+        (lambda p: torch.optim.Muon(p, lr=0.01), False),
+        (lambda p: torch.optim.LBFGS(p, lr=0.5, max_iter=3, history_size=4), False),
+    ],
+    ids=["sparse-adam", "muon", "lbfgs"],
+)
+def test_optimizers_with_a_layout_of_their_own_repeat_to_the_bit_twice(
+    optimizer: Any, sparse: bool
+) -> None:
+    torch.manual_seed(0)
+    model = Embedded(sparse=sparse)
+    made = optimizer(list(model.parameters()))
+    state = TrainState(model, made)
+
+    def closure() -> torch.Tensor:
+        made.zero_grad()
+        loss = model.loss()
+        loss.backward()
+        return loss
+
+    def train(steps: int) -> list[torch.Tensor]:
+        for _ in range(steps):
+            made.step(closure)
+        return [parameter.detach().clone() for parameter in model.parameters()]
+
+    train(3)
+    cache = FastRollbackCache(16)
+    snapshot = cache.put(3, state)
+    assert snapshot is not None
+    expected = train(5)
+    for _ in range(2):
+        cache.restore(snapshot, state)
+        assert same(train(5), expected)
+
+
+def test_mixed_precision_with_a_scaler_repeats_to_the_bit_twice() -> None:
+    torch.manual_seed(0)
+    model = TwoTasks()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**14, growth_interval=50)
+    state = TrainState(model, optimizer, {"scaler": scaler})
+    data = two_task_data().tensors
+    scales = []
+
+    def train(steps: int) -> list[torch.Tensor]:
+        for step in range(steps):
+            index = torch.randint(256, (16,))
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                losses = two_task_loss(model, [tensor[index] for tensor in data])
+            optimizer.zero_grad()
+            total = sum(losses.values()) * (float("inf") if step == 4 else 1.0)
+            scaler.scale(total).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        scales.append(scaler.get_scale())
+        return [tensor.clone() for tensor in model.state_dict().values()]
+
+    train(4)
+    cache = FastRollbackCache(16)
+    snapshot = cache.put(4, state)
+    assert snapshot is not None
+    expected = train(7)
+    for _ in range(2):
+        cache.restore(snapshot, state)
+        assert scaler.get_scale() == scales[0]
+        assert same(train(7), expected)
+    assert scales[1] == scales[2] == scales[3] != scales[0]
+
+
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_the_schedule_is_restored(scheduler: str) -> None:
     trainee = Trainee("sgd", scheduler)

@@ -45,12 +45,12 @@ def find_block(buffers: Sequence[memoryview]) -> tuple[int, int, list[int]] | No
     """Return file and size of the block that all buffers lie in, and where in it they begin."""
     if not buffers or not _blocks or any(buffer.readonly for buffer in buffers):
         return None
-    starts = [_address_of(buffer) for buffer in buffers]
+    spans = [(_address_of(buffer), buffer.nbytes) for buffer in buffers]
+    first = min(start for start, _ in spans)
+    last = max(start + size for start, size in spans)
     for place in list(_blocks.values()):
-        offsets = [start - place.address for start in starts]
-        ends = [offset + buffer.nbytes for offset, buffer in zip(offsets, buffers, strict=True)]
-        if min(offsets) >= 0 and max(ends) <= place.size:
-            return place.file, place.size, offsets
+        if place.address <= first and last <= place.address + place.size:
+            return place.file, place.size, [start - place.address for start, _ in spans]
     return None
 
 
