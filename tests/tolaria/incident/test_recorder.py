@@ -206,15 +206,15 @@ def test_a_full_disk_leaves_no_half_an_incident(
 def test_a_disk_that_hangs_does_not_keep_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from esper.tolaria.incident import recorder
+    from esper.tolaria.incident import cases
 
-    write_new: Callable[..., object] = recorder.write_new
+    write_new: Callable[..., object] = cases.write_new
 
     def slowly(*arguments: object) -> object:
         time.sleep(1.0)
         return write_new(*arguments)
 
-    monkeypatch.setattr(recorder, "write_new", slowly)
+    monkeypatch.setattr(cases, "write_new", slowly)
     config = settings(incidents={"write_deadline_ms": 50})
     began = time.monotonic()
     with AsyncWorker() as worker:

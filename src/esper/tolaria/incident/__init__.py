@@ -1,5 +1,6 @@
 """Incidents: what happened, kept so that it can be gone through again."""
 
+from esper.tolaria.incident.listener import IncidentRecorder, NoIncidents
 from esper.tolaria.incident.opening import open_incidents
 from esper.tolaria.incident.record import (
     Incident,
@@ -8,7 +9,7 @@ from esper.tolaria.incident.record import (
     read_incident,
     read_unrecorded,
 )
-from esper.tolaria.incident.recorder import IncidentRecorder, Incidents, NoIncidents, Sources
+from esper.tolaria.incident.recorder import Incidents, Sources
 
 __all__ = [
     "Incident",

@@ -5,7 +5,8 @@ from pathlib import Path
 from esper.core.config import TolariaConfig
 from esper.core.worker import AsyncWorker
 from esper.tolaria.dependency import Dependency, Surroundings
-from esper.tolaria.incident.recorder import IncidentRecorder, Incidents, NoIncidents, Sources
+from esper.tolaria.incident.listener import IncidentRecorder, NoIncidents
+from esper.tolaria.incident.recorder import Incidents, Sources
 from esper.tolaria.recorder import Recorder
 
 

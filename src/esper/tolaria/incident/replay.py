@@ -15,10 +15,10 @@ from esper.leyline import COMMIT, Action, CheckpointError, RunError, StateError,
 from esper.tolaria.assembly import Assembly, Surroundings, assemble
 from esper.tolaria.data import Batch
 from esper.tolaria.incident.batch_file import read_batch, tensors_of
+from esper.tolaria.incident.course import environment_of
 from esper.tolaria.incident.observer import Finding, Observer
 from esper.tolaria.incident.ranges import Baseline, Place, Range, can_measure, range_of, rms_of
 from esper.tolaria.incident.record import BatchEntry, CourseStep, Incident, Number, read_incident
-from esper.tolaria.incident.recorder import environment_of
 from esper.tolaria.job import TrainingJob
 from esper.tolaria.objective import Gradients
 from esper.tolaria.recovery import KEPT
@@ -151,31 +151,35 @@ class _Stage:
         self._reasons = _reasons(incident, job)
 
     def play(self, from_healthy: bool) -> Replay:
-        incident = self._incident
-        course = [step for step in incident.course if step.step >= incident.state.step]
-        if [step.step for step in course] != list(
-            range(incident.state.step, incident.last_step + 1)
-        ):
-            raise RunError(
-                f"{incident.id} does not tell every step from {incident.state.step} to "
-                f"{incident.last_step}; it cannot be gone through again"
-            )
+        course = self._course()
         self._restore()
         difference, sign, looks = None, None, []
         for step in course:
             look, found = self._take(step)
             looks.append(look)
             difference = difference or found
-            if step.step < incident.suspect:
-                sign = sign or (look if look.first is not None else None)
-            elif look.first is not None:
+            if look.first is None:
+                continue
+            if step.step >= self._incident.suspect:
                 break
-        result = Replay(incident, looks[-1], self._baseline.steps, len(looks), difference)
+            sign = sign or look
+        result = Replay(self._incident, looks[-1], self._baseline.steps, len(looks), difference)
         result.sign = sign
         if from_healthy:
             result.healthy = self._from_healthy(course[len(looks) - 1])
         result.reasons = self._reasons
         return result
+
+    def _course(self) -> list[CourseStep]:
+        incident = self._incident
+        first, last = incident.state.step, incident.last_step
+        course = [step for step in incident.course if step.step >= first]
+        if [step.step for step in course] != list(range(first, last + 1)):
+            raise RunError(
+                f"{incident.id} does not tell every step from {first} to {last}; it cannot be gone "
+                "through again"
+            )
+        return course
 
     def _from_healthy(self, step: CourseStep) -> StepLook:
         self._restore()
