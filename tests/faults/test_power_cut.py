@@ -16,7 +16,7 @@ from esper.tolaria.rollback import CheckpointStore
 from support.states import Stamped
 
 pytestmark = [pytest.mark.fault, pytest.mark.timeout(3600)]
-TESTS = Path(__file__).parent.parent
+PATH = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
 CUTS = int(os.environ.get("ESPER_TEST_POWER_CUTS", "12"))
 # _IOR('X', 125, __u32), and the flag that drops what the journal has not written yet.
 EXT4_IOC_SHUTDOWN, NO_LOG_FLUSH = 0x8004587D, 2
@@ -91,7 +91,7 @@ def test_what_was_acknowledged_before_the_power_went_is_there_when_it_comes_back
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"},
+                env=os.environ | {"PYTHONPATH": PATH, "OMP_NUM_THREADS": "1"},
             )
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n", said.read_text()

@@ -162,6 +162,7 @@ class TolariaTrainer:
         """Train to the end; yield the record of each step.
 
         :raises DivergenceError: the guard's remedies are exhausted.
+        :raises CheckpointError: another process trains in the same run directory.
         """
         training = self._train()
         _under_way.add(training)
@@ -170,6 +171,7 @@ class TolariaTrainer:
     def _train(self) -> Generator[StepRecord, None, None]:
         began = time.perf_counter()
         run = self._parts.run
+        self._take_directory()
         self._announce()
         self._parts.companions.prepare()
         run.keeper.keep_first()
@@ -189,6 +191,19 @@ class TolariaTrainer:
             self._close(time.perf_counter() - began)
         if run.ending.outcome is Outcome.HALTED:
             raise DivergenceError(f"training was halted: {run.ending.reason}")
+
+    def _take_directory(self) -> None:
+        """Make sure that no other process trains in the run directory, and that others know."""
+        store, recorder = self._parts.rollback.tiers.disk, self._parts.run.recorder
+        if store is None:
+            return
+        try:
+            problem = store.open()
+        except CheckpointError:
+            self._parts.hub.close()
+            raise
+        if problem:
+            recorder.event("checkpoint_trouble", problem, Level.WARNING)
 
     def _close(self, seconds: float) -> None:
         parts, ending = self._parts, self._parts.run.ending

@@ -88,6 +88,18 @@ class CheckpointStore:
         self._journal = Journal(directory, disk)
         self._journal_open = False
 
+    def open(self) -> str:
+        """Take the directory for writing now, instead of at the first save.
+
+        :returns: what keeps it from being written; empty when nothing does.
+        :raises CheckpointError: another process writes there.
+        """
+        try:
+            self._acquire()
+        except OSError as error:
+            return f"{self.directory} cannot be written: {error}"
+        return ""
+
     def save(
         self,
         state: Content,
@@ -144,7 +156,7 @@ class CheckpointStore:
         """
         began = time.perf_counter()
         problems: dict[Path, str] = {}
-        while path := self._newest(before_step, problems):
+        while path := _newest(self.directory, before_step, problems):
             try:
                 manifest, capture = read_generation(path, allocate)
             except CheckpointError as error:
@@ -162,10 +174,8 @@ class CheckpointStore:
 
         :raises CheckpointError: one cannot be deleted.
         """
-        try:
-            self._acquire()
-        except OSError as error:
-            raise CheckpointError(f"cannot write in {self.directory}: {error}") from error
+        if problem := self.open():
+            raise CheckpointError(problem)
         for path in generations(self.directory):
             if step_of(path) > step:
                 problem = self._delete(path, f"training went back to step {step}")
@@ -307,22 +317,20 @@ class CheckpointStore:
         self._tell("set aside", path, step_of(path), reason=str(problem))
         return ""
 
-    def _newest(self, before_step: int | None, tried: Container[Path]) -> Path | None:
-        """Look for the next candidate in the directory as it is: a writer may be at work."""
-        return next(
-            (
-                path
-                for path in generations(self.directory)
-                if path not in tried and (before_step is None or step_of(path) <= before_step)
-            ),
-            None,
-        )
-
 
 def read_checkpoint(directory: Path, before_step: int) -> tuple[CheckpointInfo, Capture]:
     """Read a checkpoint as :meth:`CheckpointStore.read_latest` does, for another process."""
     store = CheckpointStore(directory)
     return store.read_latest(before_step=before_step, allocate=allocate_shared)
+
+
+def _newest(directory: Path, before_step: int | None, tried: Container[Path]) -> Path | None:
+    """Look for the next candidate in the directory as it is: a writer may be at work."""
+    limit = math.inf if before_step is None else before_step
+    return next(
+        (path for path in generations(directory) if path not in tried and step_of(path) <= limit),
+        None,
+    )
 
 
 def _label(directory: Path, step: int | None, healthy: bool, metrics: Mapping[str, float]) -> Label:
