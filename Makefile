@@ -46,10 +46,11 @@ docs: $(VENV)/dev.stamp ## snippets run, links resolve, generated files are up t
 	$(BIN)/python scripts/env_example.py --check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_docs.py
 
-bench: $(VENV)/bench.stamp ## loop, aggregation and calls, beside other trainers and packages
+bench: $(VENV)/bench.stamp ## loop, calls, aggregation and rollback, beside other packages
 	$(BIN)/python benchmarks/loop_overhead.py
 	$(BIN)/python benchmarks/worker.py
 	$(BIN)/python benchmarks/aggregation.py
+	$(BIN)/python benchmarks/rollback.py
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .coverage*

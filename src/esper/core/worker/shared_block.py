@@ -45,12 +45,18 @@ def find_block(buffers: Sequence[memoryview]) -> tuple[int, int, list[int]] | No
     """Return file and size of the block that all buffers lie in, and where in it they begin."""
     if not buffers or not _blocks or any(buffer.readonly for buffer in buffers):
         return None
-    spans = [(_address_of(buffer), buffer.nbytes) for buffer in buffers]
-    first = min(start for start, _ in spans)
-    last = max(start + size for start, size in spans)
+    starts = [_address_of(buffer) for buffer in buffers]
+    last = max(start + buffer.nbytes for start, buffer in zip(starts, buffers, strict=True))
+    place = _around(min(starts), last)
+    if place is None:
+        return None
+    return place.file, place.size, [start - place.address for start in starts]
+
+
+def _around(first: int, last: int) -> _Place | None:
     for place in list(_blocks.values()):
         if place.address <= first and last <= place.address + place.size:
-            return place.file, place.size, [start - place.address for start, _ in spans]
+            return place
     return None
 
 
