@@ -37,6 +37,7 @@ _LENGTH = 8
 # Small enough to be hashed while it is still in the processor's cache.
 _CHUNK = 1 << 18
 _WRITTEN_AT_ONCE = 1 << 23
+_SYNCED_AT_ONCE = 1 << 25
 
 
 _MALFORMED = (ValueError, KeyError, TypeError, RecursionError)
@@ -81,7 +82,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], disk: FileSystem = DIS
     size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
     with synced_file(path, disk, size=size) as file:
         file.write(header)
-        digests = {name: _write_tensor(file, tensors[name]) for name in ordered}
+        digests, synced = {}, 0
+        for name in ordered:
+            digests[name] = _write_tensor(file, tensors[name])
+            if file.tell() - synced >= _SYNCED_AT_ONCE:
+                disk.start_sync(file, synced, file.tell() - synced)
+                synced = file.tell()
     return Digests(size, _combine(header, list(digests.values())), digests)
 
 
