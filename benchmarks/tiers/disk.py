@@ -1,15 +1,17 @@
 """Checkpoints: written so that they survive, and read so that they can be trusted."""
 
 import itertools
+import mmap
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import Tensor
 
 from calls.measures import Arm, times_of
 from esper.core import AsyncWorker
@@ -30,6 +32,7 @@ except ImportError:
     save_file = None
 
 WRITE, READ, FRESH = "raw write + fsync", "raw read", "raw read into new memory"
+ASIDE, DELETED = "... with fallocate", "... and an older file deleted"
 SAVES, LOADS = "Esper, save", "Esper, verified load"
 GOALS = {
     SAVES: [Goal(1.2, WRITE)],
@@ -42,7 +45,7 @@ class Raw:
     """The floors: as many bytes to a file, and back."""
 
     def __init__(self, path: Path, nbytes: int) -> None:
-        self._path = path
+        self._path, self._older = path, path.with_suffix(".older")
         self._content = np.random.default_rng(0).integers(0, 256, nbytes, np.uint8)
         self._buffer = bytearray(CHUNK)
 
@@ -54,6 +57,14 @@ class Raw:
             for start in range(0, len(content), CHUNK):
                 file.write(content[start : start + CHUNK])
             os.fsync(file.fileno())
+
+    def write_and_delete(self) -> None:
+        self.write()
+        self._older.unlink(missing_ok=True)
+
+    def keep_older(self) -> None:
+        """Put the file aside, so that there is one to delete."""
+        self._path.rename(self._older)
 
     def read(self) -> None:
         with self._path.open("rb", buffering=0) as file:
@@ -112,7 +123,10 @@ class Files:
         return torch.load(self.path("torch"), weights_only=True)  # noqa: TID251
 
     def torch_map(self) -> object:
-        return torch.load(self.path("torch"), weights_only=True, mmap=True)  # noqa: TID251
+        found = torch.load(self.path("torch"), weights_only=True, mmap=True)  # noqa: TID251
+        moments = found["optimizer"]["state"].values()
+        _touch([*found["model"].values(), *(t for state in moments for t in state.values())])
+        return found
 
     def safetensors_save(self) -> None:
         save_file(self._training.state.capture().tensors, self.path("safetensors"))
@@ -120,7 +134,9 @@ class Files:
             os.fsync(file.fileno())
 
     def safetensors_load(self) -> object:
-        return load_file(self.path("safetensors"))
+        found = load_file(self.path("safetensors"))
+        _touch(found.values())
+        return found
 
     def dcp_save(self) -> None:
         dcp.save(self._training.dicts(), checkpoint_id=self.path("dcp"), no_dist=True)
@@ -134,6 +150,12 @@ class Files:
     def remover(self, name: str) -> Callable[[], None]:
         """Return what takes an earlier file of one way away."""
         return lambda: remove(self.path(name))
+
+
+def _touch(tensors: Iterable[Tensor]) -> None:
+    """Have every page there: a file that is only mapped has not been read."""
+    for tensor in tensors:
+        tensor.view(-1)[:: mmap.PAGESIZE // tensor.element_size()].count_nonzero()
 
 
 def remove(path: Path) -> None:
@@ -153,6 +175,7 @@ def disk_tier(training: Training, rounds: int, directory: Path) -> None:
         loads = _loads(raw, ours, theirs)
         before: dict[str, Arm] = {name: lambda: remove(raw_path) for name in (WRITE, ASIDE)}
         before |= {
+            DELETED: raw.keep_older,
             "torch.save, fsync": theirs.remover("torch"),
             "safetensors.save_file, fsync": theirs.remover("safetensors"),
             "distributed.checkpoint.save": theirs.remover("dcp"),
@@ -167,13 +190,11 @@ def disk_tier(training: Training, rounds: int, directory: Path) -> None:
     report(f"Loading from a warm page cache, {what}", read, nbytes, [READ, FRESH], GOALS)
 
 
-ASIDE = "... with fallocate"
-
-
 def _saves(raw: Raw, ours: Store, theirs: Files) -> dict[str, Arm]:
     arms: dict[str, Arm] = {
         WRITE: raw.write,
         ASIDE: lambda: raw.write(set_aside=True),
+        DELETED: raw.write_and_delete,
         SAVES: ours.save,
         "... of that, reading it back": ours.verify,
         "torch.save, fsync": theirs.torch_save,
@@ -191,8 +212,8 @@ def _loads(raw: Raw, ours: Store, theirs: Files) -> dict[str, Arm]:
         "... and into the live state": ours.load,
         "... the same in a process that can be killed": ours.roll_back,
         "torch.load, weights_only": theirs.torch_load,
-        "torch.load, weights_only, mmap": theirs.torch_map,
-        "safetensors.load_file": theirs.safetensors_load,
+        "torch.load, weights_only, mapped and touched": theirs.torch_map,
+        "safetensors.load_file, mapped and touched": theirs.safetensors_load,
         "distributed.checkpoint.load, live state": theirs.dcp_load,
     }
     return _available(arms)
