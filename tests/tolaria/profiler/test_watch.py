@@ -234,17 +234,18 @@ class SlowLater(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         self._left -= 1
         if self._left < 0:
-            time.sleep(0.002)
+            time.sleep(0.01)
         return self._data[index]
 
 
 def test_slow_steps_raise_an_alarm_and_are_profiled(tmp_path: Path) -> None:
-    # Batches of 16: from step 300 on each takes 32 ms longer, for good.
-    settings = with_profiler(epochs=25)
+    # Batches of 16: from step 300 on each takes 160 ms longer, for good. The limits are wide, so
+    # that a busy machine raises no alarm of its own.
+    settings = with_profiler(epochs=20, slow_step_factor=10.0, slow_step_patience=5)
     _, memory = train(tmp_path, settings, data=SlowLater(300 * 16))
     (alarm,) = memory.events("slow_step")
-    assert alarm.data["milliseconds"] > 3 * alarm.data["median_ms"]
-    assert 302 <= alarm.data["step"] <= 310
+    assert alarm.data["milliseconds"] > 10 * alarm.data["median_ms"]
+    assert 304 <= alarm.data["step"] <= 310
     (saved,) = memory.events("profile_saved")
     assert saved.data["cause"] == "slow_step"
     assert saved.data["steps"] == 5

@@ -6,7 +6,7 @@ from collections import deque
 _HISTORY = 64
 _ENOUGH = 16
 # Less than this is the noise of a busy machine, whatever its ratio to a short step.
-_NOTICEABLE_MS = 10.0
+_NOTICEABLE_MS = 25.0
 
 
 class SlowSteps:
