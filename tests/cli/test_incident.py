@@ -72,10 +72,15 @@ def test_a_replay_elsewhere_says_what_differs(trained: Path, esper: Esper) -> No
 @pytest.mark.timeout(180)
 def test_the_built_in_job_with_its_drill(esper: Esper) -> None:
     assert esper(*TRAIN, "--epochs", "1").returncode == 0
+    assert " MADs above the median of " in esper("incident", "ls", "a").stdout
+    shown = esper("incident", "show", "a", "1").stdout
+    head = ["step", "epoch", "batch", "action", "rate", "norm", "loss", "left", "right"]
+    assert head in [line.split() for line in shown.splitlines()]
     replayed = esper("incident", "replay", "a", "1", "--from", "healthy")
     assert replayed.returncode == 0, replayed.stderr
     assert "every loss and gradient norm equal to the bit" in replayed.stdout
     assert "output of trunk.0 breaks the trend first" in replayed.stdout
+    assert re.search(r"^trunk\.0\.weight +float32 \(32, 1, 3, 3\) ", replayed.stdout, re.MULTILINE)
     assert "the batch itself is out of the ordinary: batch[0]" in replayed.stdout
     assert "the batch alone causes it" in replayed.stdout
 

@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -22,7 +23,7 @@ from esper.tolaria.incident import (
 )
 from esper.tolaria.incident.observer import Finding
 from esper.tolaria.incident.ranges import Range
-from esper.tolaria.incident.record import Number
+from esper.tolaria.incident.record import CourseStep, Number
 from esper.tolaria.incident.replay import BatchLook, Replay, StepLook, replay
 
 _COLOURS = {"recovered": "green", "under way": "cyan", "run ended": "yellow"}
@@ -39,19 +40,7 @@ def list_incidents(reference: str, runs: Path | None) -> None:
     if not found:
         console.print(f"no incidents in {run}")
     else:
-        table = _table("incident", "time", "epoch", "batch", "action", "outcome", "why")
-        for incident in found:
-            outcome = incident.followed.outcome
-            table.add_row(
-                incident.id,
-                _time(incident.time),
-                str(incident.epoch + 1),
-                str(incident.batch),
-                incident.action,
-                Text(outcome, style=_COLOURS.get(outcome, "red")),
-                incident.triggers[-1].reason,
-            )
-        console.print(table)
+        _print_list(console, found)
     unrecorded = read_unrecorded(run)
     if unrecorded.count:
         console.print(
@@ -76,17 +65,7 @@ def show_incident(reference: str, incident: str, runs: Path | None) -> None:
     for title, text in (*_what_followed(found), *_what_is_kept(found)):
         facts.add_row(title, text)
     console.print(facts)
-    table = _table("step", "epoch", "batch", "action", "loss", "gradient norm", "rate", "losses")
-    for step in found.course:
-        style = "bold red" if step.action != "commit" else "yellow" if step.suspicious else ""
-        norm = "-" if step.gradient_norm is None else _number(step.gradient_norm)
-        table.add_row(
-            *(str(step.step), str(step.epoch + 1), str(step.batch), step.action),
-            *(_number(step.loss), norm, "-" if step.rate is None else f"{step.rate:.4g}"),
-            "  ".join(f"{task} {_number(loss)}" for task, loss in step.losses.items()),
-            style=style,
-        )
-    console.print(table)
+    console.print(_table_of(found.course))
 
 
 def replay_incident(reference: str, incident: str, start: str | None, runs: Path | None) -> None:
@@ -105,6 +84,35 @@ def replay_incident(reference: str, incident: str, start: str | None, runs: Path
     seed_generators(settings)
     job = build_job(settings.run.target)
     _print_replay(_console(), replay(directory, job, from_healthy=start is not None))
+
+
+def _print_list(console: Console, found: list[Incident]) -> None:
+    width = max(len(incident.id) for incident in found)
+    head = f"{'incident':<{width}}  {'time':<19}  epoch  batch  action    outcome"
+    console.print(Text(head, style="bold"))
+    for incident in found:
+        outcome = incident.followed.outcome
+        line = Text(f"{incident.id:<{width}}  {_time(incident.time)}  ")
+        line.append(f"{incident.epoch + 1:>5}  {incident.batch:>5}  {incident.action:<8}  ")
+        console.print(line.append(outcome, style=_COLOURS.get(outcome, "red")))
+        why = Text(incident.triggers[-1].reason, style="dim")
+        console.print(Padding(why, (0, 0, 0, 2), expand=False))
+
+
+def _table_of(course: list[CourseStep]) -> Table:
+    tasks = list(dict.fromkeys(task for step in course for task in step.losses))
+    # The loss of a single task is the loss.
+    tasks = tasks if len(tasks) > 1 else []
+    table = _table("step", "epoch", "batch", "action", "rate", "norm", "loss", *tasks)
+    for step in course:
+        style = "bold red" if step.action != "commit" else "yellow" if step.suspicious else ""
+        numbers = (step.rate, step.gradient_norm, step.loss, *map(step.losses.get, tasks))
+        table.add_row(
+            *(str(step.step), str(step.epoch + 1), str(step.batch), step.action),
+            *("-" if number is None else _number(number, 4) for number in numbers),
+            style=style,
+        )
+    return table
 
 
 def _print_replay(console: Console, result: Replay) -> None:
@@ -145,10 +153,10 @@ def _print_finding(console: Console, look: StepLook, baseline_steps: int) -> Non
         )
         return
     console.print(f"step {look.step}: {_describe(finding)}")
-    table = _table("", "tensor", "dtype", "shape", "lowest", "highest", "mean", "rms", "not finite")
+    table = _table("", "values", "lowest", "highest", "rms", "nan, inf")
     for tensor in finding.inputs:
-        table.add_row("input", *_cells(tensor))
-    table.add_row("output", *_cells(finding.output), style="bold red")
+        table.add_row(*_cells(tensor, "input"))
+    table.add_row(*_cells(finding.output, "output"), style="bold red")
     console.print(table)
     if finding.usual is not None:
         low, high = finding.usual
@@ -243,16 +251,15 @@ def _values(values: dict[str, Number]) -> str:
     return "  ".join(f"{name} {_number(value)}" for name, value in values.items())
 
 
-def _number(value: Number) -> str:
-    return value if isinstance(value, str) else f"{value:.6g}"
+def _number(value: Number, digits: int = 6) -> str:
+    return value if isinstance(value, str) else f"{value:.{digits}g}"
 
 
-def _cells(tensor: Range) -> tuple[str, ...]:
-    numbers = (tensor.low, tensor.high, tensor.mean, tensor.rms)
+def _cells(tensor: Range, role: str) -> tuple[str, ...]:
+    numbers = (tensor.low, tensor.high, tensor.rms)
     return (
-        tensor.name or "-",
-        tensor.dtype,
-        str(tensor.shape),
+        tensor.name or role,
+        f"{tensor.dtype} {tensor.shape}",
         *("-" if value != value else f"{value:.4g}" for value in numbers),
         str(tensor.not_finite),
     )

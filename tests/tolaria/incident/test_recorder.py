@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from esper.core import AsyncWorker
 from esper.leyline import Level, RunError
 from esper.tolaria import TolariaTrainer, TrainingJob
+from esper.tolaria.incident import cases as cases_module
 from esper.tolaria.incident import (
     find_incident,
     incident_directories,
@@ -21,7 +22,10 @@ from esper.tolaria.incident import (
 )
 from esper.tolaria.incident import recorder as recorder_module
 from esper.tolaria.incident.batch_file import read_batch
+from esper.tolaria.incident.record import BatchEntry
+from esper.tolaria.incident.writer import Evidence
 from esper.tolaria.rollback import CheckpointStore
+from support.jobs import two_task_job
 from support.mishaps import (
     BAD_SAMPLE,
     divides_by_zero,
@@ -96,6 +100,39 @@ def test_a_rollback_is_recorded_with_the_skips_before_it_as_one_incident(tmp_pat
     assert followed.skipped
     assert followed.latency_ms > 0
     assert followed.learning_rate is not None
+
+
+@pytest.mark.parametrize("megabytes", [64.0, 0.0])
+def test_the_batches_of_later_verdicts_are_added(tmp_path: Path, megabytes: float) -> None:
+    config = settings(train={"epochs": 6}, incidents={"max_batch_megabytes": megabytes})
+    train(two_task_job(), tmp_path, config, drill=True)
+    incident = incidents(tmp_path)[0]
+    assert [trigger.action for trigger in incident.triggers] == ["skip", "rollback"]
+    steps = [entry.step for entry in incident.batches]
+    assert steps == [trigger.step for trigger in incident.triggers]
+    first, second = incident.batches
+    assert (second.epoch, second.number) != (first.epoch, first.number)
+    assert second.samples
+    assert second.samples != first.samples
+    if megabytes:
+        content = read_batch(tmp_path / "incidents" / incident.id, second)
+        assert [f"float32 {tuple(part.shape)}" for part in content][:1] == second.tensors[:1]
+    else:
+        assert "incidents.max_batch_megabytes" in second.note
+
+
+def test_of_many_skips_in_a_row_the_first_batches_are_kept(tmp_path: Path) -> None:
+    train(divides_by_zero(), tmp_path)
+    incident = incidents(tmp_path)[0]
+    case = cases_module.Case(incident, Evidence(None, 3, [], max_bytes := 3 * 2**20))
+    case.add_batches([(BatchEntry(step, 0, step, []), torch.zeros(4)) for step in range(20)])
+    evidence = case.take_further()
+    assert [entry.step for entry, _ in evidence.batches] == list(range(8))
+    assert evidence.max_batch_bytes == max_bytes - incident.batches[0].bytes
+    assert not case.further
+    case.dirty = False
+    case.add_batches([(BatchEntry(5, 0, 5, []), torch.zeros(4))])
+    assert not case.dirty, "it is known already"
 
 
 def test_a_halt_is_recorded(tmp_path: Path) -> None:

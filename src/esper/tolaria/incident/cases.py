@@ -1,7 +1,7 @@
 """Incidents that are not finished, and the worker being asked to write them one after the other."""
 
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,12 @@ from esper.core.worker import Isolation
 from esper.leyline import Level
 from esper.tolaria.dependency import Answer, Dependency
 from esper.tolaria.incident.record import FOLDER, Incident
-from esper.tolaria.incident.writer import Evidence, Written, rewrite, write_new
+from esper.tolaria.incident.writer import Evidence, NamedBatch, Written, rewrite, write_new
 from esper.tolaria.recorder import Recorder
 
 _UNDER_WAY = "under way"
+# Of many skips in a row, the first batches tell most.
+_MOST_BATCHES = 8
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Case:
     :ivar dirty: what is on the disk is not the newest.
     :ivar remedied: a rollback has taken back what led to it.
     :ivar losses: of the committed steps that have followed.
+    :ivar further: batches of later verdicts, which are not on the disk yet.
     """
 
     incident: Incident
@@ -37,6 +40,11 @@ class Case:
     dirty: bool = False
     remedied: bool = False
     losses: list[float] = field(default_factory=list)
+    further: list[NamedBatch] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._max_batch_bytes = self.evidence.max_batch_bytes
+        self._known = {entry.step for entry, _ in self.evidence.batches}
 
     @property
     def follows(self) -> bool:
@@ -56,6 +64,20 @@ class Case:
     def tell(self, **changes: Any) -> None:  # noqa: ANN401 - fields of Followed
         """Add to what followed."""
         self.change(followed=msgspec.structs.replace(self.incident.followed, **changes))
+
+    def add_batches(self, batches: list[NamedBatch]) -> None:
+        """Have batches written that came under suspicion later."""
+        for entry, content in batches:
+            if entry.step not in self._known and len(self._known) < _MOST_BATCHES:
+                self._known.add(entry.step)
+                self.further.append((entry, content))
+                self.dirty = True
+
+    def take_further(self) -> Evidence:
+        """Hand over the batches that are to be added; what is left of the limit is theirs."""
+        kept = sum(entry.bytes for entry in self.incident.batches if entry.file)
+        left, self.further = self.further, []
+        return replace(self.evidence, batches=left, max_batch_bytes=self._max_batch_bytes - kept)
 
     def settle(self, outcome: str) -> None:
         """Decide the outcome, unless it has been decided."""
@@ -112,11 +134,13 @@ class Cases:
         case = next((case for case in self._cases if case.waits), None)
         if case is None:
             return False
-        arguments: tuple[Any, ...] = (self._directory, case.incident)
-        function: Any = rewrite
-        if not case.written:
-            function, arguments = write_new, (*arguments, case.evidence)
-        if not self._writer.submit_async(function, *arguments, isolation=Isolation.THREAD):
+        function: Any = rewrite if case.written else write_new
+        evidence = case.take_further() if case.written else case.evidence
+        if not self._writer.submit_async(
+            function, self._directory, case.incident, evidence, isolation=Isolation.THREAD
+        ):
+            if case.written:
+                case.further = evidence.batches
             return False
         case.dirty = False
         self._under_way = case
@@ -131,15 +155,17 @@ class Cases:
         if problem:
             self.tell_failed(problem)
             case.lost = not case.written
-        elif answer.reply is not None and not case.written:
-            case.written = True
-            self._tell_recorded(case, answer.reply.incident)
+        elif answer.reply is not None:
+            complete = answer.reply.incident
+            # The record may have been added to meanwhile: only what the writer found out is taken.
+            case.incident = msgspec.structs.replace(
+                case.incident, state=complete.state, batches=complete.batches
+            )
+            if not case.written:
+                case.written = True
+                self._tell_recorded(complete)
 
-    def _tell_recorded(self, case: Case, complete: Incident) -> None:
-        # The record may have been added to meanwhile: only what the writer found out is taken over.
-        case.incident = msgspec.structs.replace(
-            case.incident, state=complete.state, batches=complete.batches
-        )
+    def _tell_recorded(self, complete: Incident) -> None:
         path = self._directory / FOLDER / complete.id
         self._recorder.event(
             "incident_recorded",

@@ -30,7 +30,7 @@ from esper.tolaria.incident.record import (
     number_of,
     trigger_of,
 )
-from esper.tolaria.incident.writer import Evidence, write_unrecorded
+from esper.tolaria.incident.writer import Evidence, NamedBatch, write_unrecorded
 from esper.tolaria.recorder import Recorder
 from esper.tolaria.recovery import Recovered
 from esper.tolaria.rollback import FastRollbackCache
@@ -103,6 +103,7 @@ class Incidents:
             incident = current.incident
             course = self._course.steps_from(incident.course[0].step)
             current.change(triggers=[*incident.triggers, trigger], course=course)
+            current.add_batches(self._suspected_since(incident.suspect))
             current.losses = []
         else:
             if current is not None:
@@ -184,13 +185,16 @@ class Incidents:
         self._cases.add(case)
         return case
 
-    def _evidence(self, suspect: int) -> Evidence:
-        limits = self._config.incidents
-        batches = [
+    def _suspected_since(self, first: int) -> list[NamedBatch]:
+        return [
             (BatchEntry(step, batch.epoch, batch.number, batch.samples), batch.content)
             for step, batch in self._suspects
-            if step >= suspect
+            if step >= first
         ]
+
+    def _evidence(self, suspect: int) -> Evidence:
+        limits = self._config.incidents
+        batches = self._suspected_since(suspect)
         wanted = suspect - self._config.guard.margin
         evidence = Evidence(None, suspect, batches, int(limits.max_batch_megabytes * 2**20))
         cache = self._sources.snapshots

@@ -22,6 +22,9 @@ from esper.tolaria.rollback.durable import DISK, committed_directory, make_direc
 
 _CHECKPOINTS = "checkpoints"
 
+# Identity and content.
+NamedBatch = tuple[BatchEntry, Any]
+
 
 @dataclass
 class Evidence:
@@ -36,7 +39,7 @@ class Evidence:
 
     snapshot: Snapshot | None
     wanted_step: int
-    batches: list[tuple[BatchEntry, Any]]
+    batches: list[NamedBatch]
     max_batch_bytes: int
     note: str = ""
 
@@ -82,14 +85,23 @@ def write_new(
     return Written(complete)
 
 
-def rewrite(run: Path, incident: Incident, disk: FileSystem = DISK) -> Written:
-    """Put a new version of a record in the place of the old one."""
+def rewrite(run: Path, incident: Incident, further: Evidence, disk: FileSystem = DISK) -> Written:
+    """Put a new version of a record in the place of the old one.
+
+    :param further: batches that are added to those that are there.
+    """
     path = run / FOLDER / incident.id / RECORD
     try:
-        _replace(path, _text_of(incident), disk)
+        added = _write_batches(path.parent, further, disk)
+        complete = msgspec.structs.replace(incident, batches=[*incident.batches, *added])
+        _replace(path, _text_of(complete), disk)
     except OSError as error:
         return Written(incident, f"{path} cannot be written: {error}")
-    return Written(incident)
+    except Exception as error:  # noqa: BLE001 - whatever the user's batch raises, training goes on
+        return Written(incident, f"{path}: {type(error).__name__}: {error}")
+    finally:
+        further.let_go()
+    return Written(complete)
 
 
 def write_unrecorded(path: Path, unrecorded: Unrecorded, disk: FileSystem = DISK) -> str:
