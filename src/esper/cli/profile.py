@@ -53,8 +53,8 @@ def profile_run(request: ProfileRequest) -> None:
     box = RequestBox(run)
     if not box.folder.is_dir():
         raise RunError(
-            f"{run.name} takes no requests: its profiler is off (profiler.enabled), or it was "
-            "started by another version"
+            f"{run.name} takes no requests: its profiler is off (profiler.enabled), it is about to "
+            "end, or it was started by another version"
         )
     try:
         reply = _ask(box, run, request)

@@ -64,3 +64,20 @@ def test_what_is_not_there_or_broken_is_a_clear_error(tmp_path: Path, box: Reque
     (box.folder / "answer-1-1.tmp").mkdir()
     with pytest.raises(RequestError, match=r"request-1-1\.json cannot be answered"):
         box.answer("1-1", Reply())
+
+
+def test_closing_leaves_no_empty_directory(box: RequestBox) -> None:
+    box.close()
+    assert not box.folder.parent.exists()
+    box.close()
+    box.open()
+    trace = box.folder.parent / "x.pt.trace.json"
+    trace.touch()
+    box.close()
+    assert list(trace.parent.iterdir()) == [trace]
+
+
+def test_closing_leaves_what_somebody_still_wants(box: RequestBox) -> None:
+    name = box.ask(5, timeout_s=10)
+    box.close()
+    assert box.waiting() == [name]

@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -67,6 +68,12 @@ class RequestBox:
         for answer in self.folder.glob("answer-*"):
             if not self._request(answer.stem.removeprefix("answer-")).exists():
                 answer.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Take the directory away, and that of the traces, where there is nothing in them."""
+        with suppress(OSError):
+            self.folder.rmdir()
+            self.folder.parent.rmdir()
 
     def ask(self, steps: int, timeout_s: float) -> str:
         """Leave a request; return the name it goes by.

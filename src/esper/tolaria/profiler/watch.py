@@ -80,6 +80,8 @@ class Watch:
         self._look(self._recorder.update.progress.step)
         while self._wishes:
             self._conclude(self._wishes.popleft(), ProfilerError("the run has ended"))
+        if self._box is not None:
+            self._box.close()
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of the profiler by name; what was not measured is absent."""
