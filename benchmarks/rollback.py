@@ -4,7 +4,7 @@
 
 A network of linear and norm layers with AdamW is snapshotted, saved and restored. The floors are a
 memcpy, a raw write with fsync, and a raw read of as many bytes. All in one process, every round has
-each way once, in turning order; ratios are taken within a round, and are given as their median.
+each way once, in any order; ratios are taken within a round, and are given as their median.
 Files go to a temporary directory below the current one, or below ``--directory``.
 """
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from calls.measures import Arm, times_of
+from calls.measures import Arm
 from esper.core import AsyncWorker
 from esper.leyline import Tier
 from esper.tolaria.rollback import (
@@ -23,7 +23,7 @@ from esper.tolaria.rollback import (
     RollbackTiers,
     TwoTierRollback,
 )
-from tiers.figures import Goal, report
+from tiers.figures import Goal, report, times_of
 from tiers.workload import Training
 
 try:
@@ -181,7 +181,7 @@ def disk_tier(training: Training, rounds: int, directory: Path) -> None:
             "distributed.checkpoint.save": theirs.remover("dcp"),
         }
         # In one go: whatever else the machine does meets all of them alike.
-        times = times_of(saves | loads, rounds, before=before)
+        times = times_of(saves | loads, rounds, training.nbytes, before=before)
         ours.store.close()
     what, nbytes = training.describe(), training.nbytes
     written: dict[str, Any] = {name: times[name] for name in saves}

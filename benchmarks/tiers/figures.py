@@ -1,10 +1,14 @@
-"""Ratios of figures that were taken in the same round."""
+"""Times of ways that take turns, and ratios within a round."""
 
+import random
 import statistics
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from calls.measures import duration, show
+import numpy as np
+
+from calls.measures import Arm, duration, no_op, show
 
 Times = Mapping[str, list[float]]
 
@@ -14,6 +18,42 @@ class Goal(NamedTuple):
 
     most: float
     floor: str
+
+
+def times_of(
+    arms: Mapping[str, Arm],
+    rounds: int,
+    nbytes: int,
+    *,
+    before: Mapping[str, Arm] | None = None,
+    after: Callable[[object], object] | None = None,
+) -> dict[str, list[float]]:
+    """Return seconds of each arm in each round; every round has each arm once, in any order.
+
+    A way that allocates would pay for pages that the machine has to find first, or profit from
+    those that the way before it has given back: so many bytes are made ready before each.
+
+    :param before: what an arm needs beforehand; it is not timed.
+    :param after: is given what an arm returned; it is not timed either.
+    """
+    order = list(arms)
+    times: dict[str, list[float]] = {name: [] for name in order}
+    shuffle = random.Random(0).shuffle
+    # The first round warms up, and makes the files that others read.
+    for turn in range(rounds + 1):
+        for name in order:
+            (before or {}).get(name, no_op)()
+            np.empty(nbytes, np.uint8).fill(1)
+            began = time.perf_counter()
+            value = arms[name]()
+            seconds = time.perf_counter() - began
+            if after is not None:
+                after(value)
+            del value
+            if turn:
+                times[name].append(seconds)
+        shuffle(order)
+    return times
 
 
 def ratios(times: Times, name: str, floor: str) -> list[float]:

@@ -9,9 +9,9 @@ from typing import Any
 import psutil
 import torch
 
-from calls.measures import Arm, times_of
+from calls.measures import Arm
 from esper.tolaria.rollback import FastRollbackCache
-from tiers.figures import Goal, report
+from tiers.figures import Goal, report, times_of
 from tiers.workload import Training, memcpy
 
 FLOOR = "memcpy"
@@ -85,7 +85,7 @@ def memory_tier(training: Training, rounds: int) -> None:
         "torch.save to BytesIO": theirs.save,
         "... restored: torch.load, load_state_dict": theirs.load_saved,
     }
-    times = times_of(arms, rounds)
+    times = times_of(arms, rounds, training.nbytes)
     report(f"Memory, {training.describe()}", times, training.nbytes, [FLOOR], GOALS)
     _steady(ours, training.nbytes)
 

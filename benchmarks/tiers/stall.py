@@ -9,14 +9,14 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from calls.measures import Arm, times_of
+from calls.measures import Arm
 from esper.core import AsyncWorker
 from esper.core.config import BreakerConfig
 from esper.tolaria.dependency import Dependency, Surroundings
 from esper.tolaria.rollback import CheckpointStore, FastRollbackCache, Snapshot
 from esper.tolaria.saving import BackgroundSaver, Label
 from tiers.disk import remove
-from tiers.figures import Goal, report
+from tiers.figures import Goal, report, times_of
 from tiers.workload import Training, memcpy
 
 FLOOR = "memcpy"
@@ -115,7 +115,7 @@ def stalls(training: Training, rounds: int, directory: Path) -> None:
             THEIRS: theirs.clear,
             KEPT: theirs.clear,
         }
-        times = times_of(arms, rounds, before=before, after=_await)
+        times = times_of(arms, rounds, training.nbytes, before=before, after=_await)
         ours.store.close()
     title = f"Stall of a save beside training, {training.describe()}"
     report(title, times, training.nbytes, [FLOOR], GOALS)
