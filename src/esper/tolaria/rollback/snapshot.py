@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Container
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +26,12 @@ class _Arena:
         self._shapes = [(name, t.shape, t.dtype) for name, t in tensors.items()]
         offsets, size = _layout(tensors)
         pinned = any(tensor.is_cuda for tensor in tensors.values())
-        block = torch.empty(size, dtype=torch.uint8, pin_memory=pinned).zero_()
+        if pinned:
+            block = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        else:
+            # numpy asks for huge pages, torch does not.
+            block = torch.from_numpy(np.empty(max(size, _ALIGNMENT), np.uint8))[:size]
+        block.zero_()
         self.nbytes = block.nbytes
         self._pinned = pinned
         self._filled: torch.cuda.Event | None = None

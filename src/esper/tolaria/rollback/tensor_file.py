@@ -7,7 +7,7 @@ pass over the bytes proves both the whole and each part.
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -37,7 +37,7 @@ _LENGTH = 8
 # Small enough to be hashed while it is still in the processor's cache.
 _CHUNK = 1 << 18
 _WRITTEN_AT_ONCE = 1 << 23
-_SYNCED_AT_ONCE = 1 << 25
+_SYNCED_AT_ONCE = 1 << 23
 
 
 _MALFORMED = (ValueError, KeyError, TypeError, RecursionError)
@@ -84,10 +84,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], disk: FileSystem = DIS
         file.write(header)
         digests, synced = {}, 0
         for name in ordered:
-            digests[name] = _write_tensor(file, tensors[name])
-            if file.tell() - synced >= _SYNCED_AT_ONCE:
-                disk.start_sync(file, synced, file.tell() - synced)
-                synced = file.tell()
+            state = xxhash.xxh3_128()
+            for piece in _pieces(tensors[name]):
+                state.update(piece)
+                file.write(piece)
+                if (end := file.tell()) - synced >= _SYNCED_AT_ONCE:
+                    disk.start_sync(file, synced, end - synced)
+                    synced = end
+            digests[name] = state.hexdigest()
     return Digests(size, _combine(header, list(digests.values())), digests)
 
 
@@ -139,14 +143,10 @@ def _header(tensors: dict[str, Tensor]) -> bytes:
     return len(body).to_bytes(_LENGTH, "little") + body
 
 
-def _write_tensor(file: BinaryIO, tensor: Tensor) -> str:
+def _pieces(tensor: Tensor) -> Iterator[memoryview]:
     content = _bytes_of(tensor)
-    state = xxhash.xxh3_128()
     for start in range(0, len(content), _WRITTEN_AT_ONCE):
-        piece = content[start : start + _WRITTEN_AT_ONCE]
-        state.update(piece)
-        file.write(piece)
-    return state.hexdigest()
+        yield content[start : start + _WRITTEN_AT_ONCE]
 
 
 def _combine(header: bytes, digests: list[str]) -> str:

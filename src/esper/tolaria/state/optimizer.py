@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.leyline import StateError
-from esper.tolaria.state.tree import join, split
+from esper.tolaria.state.tree import join, split, split_flat
 
 
 class OptimizerState:
@@ -37,7 +37,7 @@ class OptimizerState:
         for name, parameter, _ in self._named():
             names[id(parameter)] = name
             if parameter in state:
-                values[name] = split(state[parameter], f"optimizer/{name}", tensors)
+                values[name] = split_flat(state[parameter], f"optimizer/{name}", tensors)
         return {"groups": self._capture_groups(names, tensors), "state": values}
 
     def _capture_groups(

@@ -43,6 +43,18 @@ def split(value: object, name: str, tensors: dict[str, Tensor]) -> Any:  # noqa:
     )
 
 
+def split_flat(value: dict[Any, Any], name: str, tensors: dict[str, Tensor]) -> Any:  # noqa: ANN401
+    """Return what :func:`split` returns, faster for a dictionary of nothing but named tensors."""
+    found = {}
+    for key, item in value.items():
+        if type(key) is not str or key[:1] == "$" or not isinstance(item, Tensor):
+            return split(value, name, tensors)
+        path = f"{name}/{key}"
+        tensors[path] = item.detach() if item.requires_grad else item
+        found[key] = {_TENSOR: path}
+    return found
+
+
 def _split_dict(value: dict[Any, Any], name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     if all(isinstance(key, str) and not key.startswith("$") for key in value):
         return {key: split(item, f"{name}/{key}", tensors) for key, item in value.items()}
