@@ -193,3 +193,13 @@ def test_the_last_resort_takes_whatever_there_is() -> None:
     assert rollback.take_any() == 10
     assert state.is_step(10)
     assert TwoTierRollback(state, RollbackTiers()).take_any() == -1
+
+
+def test_the_last_resort_passes_over_a_doubtful_snapshot() -> None:
+    state, tiers = kept(None, 20)
+    memory = tiers.memory
+    assert memory is not None
+    state.set(10)
+    memory.put(10, state, healthy=False)
+    assert TwoTierRollback(state, tiers).take_any() == 20
+    assert state.is_step(20)

@@ -166,14 +166,15 @@ class TwoTierRollback:
         return _result(None, -1, began, exceeded, errors)
 
     def take_any(self) -> int:
-        """Restore the newest healthy snapshot, or else any, however long it takes; the last resort.
+        """Restore the oldest healthy snapshot, however long it takes; the last resort.
 
         :returns: the steps taken in it; -1 when there is none that fits.
         """
         memory = self.tiers.memory
-        if memory is None or not memory.steps:
+        if memory is None:
             return -1
-        snapshot = memory.get_nearest(memory.steps[0])
+        found = (memory.get_nearest(step) for step in memory.steps)
+        snapshot = next((candidate for candidate in found if candidate is not None), None)
         if snapshot is None:
             return -1
         try:
