@@ -1,5 +1,4 @@
 import math
-import time
 
 import pytest
 from hypothesis import given
@@ -116,15 +115,3 @@ def test_what_is_no_duration_is_refused_and_not_counted(seconds: float) -> None:
 def test_a_quantile_out_of_range_is_refused(q: float) -> None:
     with pytest.raises(ValueError, match=f"quantile {q} was asked for; give a share"):
         LatencyHistogram().quantile(q)
-
-
-def test_adding_takes_about_a_microsecond_or_less() -> None:
-    histogram, batch = LatencyHistogram(), [1e-4 * 1.001**n for n in range(2000)]
-    fastest = math.inf
-    for _ in range(20):
-        began = time.perf_counter()
-        for seconds in batch:
-            histogram.add(seconds)
-        fastest = min(fastest, (time.perf_counter() - began) / len(batch))
-    # Several times what it takes, for a machine that is slow or busy.
-    assert fastest < 2e-6
