@@ -106,7 +106,7 @@ class Conservative(RuleBasedStateMachine):
     def growth_is_refused_exactly_while_it_is_on(self) -> None:
         active = self.mode.active
         for operation in SeedOperation:
-            risky = operation is not SeedOperation.CULL
+            risky = operation not in (SeedOperation.CULL, SeedOperation.HOLD)
             assert bool(self.mode.allows(SeedCommand("a", operation))) == (active and risky)
         assert bool(self.mode.allows(ScaleLearningRate(1.5))) == active
         assert not self.mode.allows(ScaleLearningRate(0.5))

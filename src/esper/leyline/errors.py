@@ -37,6 +37,10 @@ class DivergenceError(EsperError):
     """The divergence guard stopped training after its last remedy failed."""
 
 
+class GrowthError(EsperError):
+    """The model cannot grow as asked; it is as it was."""
+
+
 class DeadlineExceeded(EsperError, TimeoutError):  # noqa: N818 - the field's own name for it
     """A call did not end by its deadline; whatever it answers later is dropped."""
 

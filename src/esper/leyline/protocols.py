@@ -3,7 +3,8 @@
 from collections.abc import Awaitable
 from typing import Any, Protocol, runtime_checkable
 
-from esper.leyline.commands import AdaptationCommand, FieldReport
+from esper.leyline.commands import AdaptationCommand
+from esper.leyline.growth import FieldReport
 from esper.leyline.records import Record, SystemState
 
 

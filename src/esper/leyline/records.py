@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 
+from esper.leyline.growth import FieldReport, GrowthState
+
 
 class Level(StrEnum):
     """How urgent an event is."""
@@ -79,6 +81,8 @@ class SystemState(msgspec.Struct, frozen=True, tag_field="type", tag="epoch", om
     :param timings_ms: mean milliseconds a step by phase.
     :param memory_mb: resident memory of the process, in MiB.
     :param metrics: of the calls to the outside, of conservative mode and of emergencies, by name.
+    :param growth: of the model, where there is an executor that grows it.
+    :param reports: what became of the newest commands and seeds, oldest first.
     """
 
     epoch: int
@@ -97,6 +101,8 @@ class SystemState(msgspec.Struct, frozen=True, tag_field="type", tag="epoch", om
     timings_ms: dict[str, float] = {}
     memory_mb: float | None = None
     metrics: dict[str, float] = {}
+    growth: GrowthState | None = None
+    reports: list[FieldReport] = []
 
 
 class Event(msgspec.Struct, frozen=True, tag_field="type", tag="event", omit_defaults=True):

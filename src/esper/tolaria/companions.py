@@ -20,6 +20,7 @@ from esper.leyline import (
     Executor,
     FieldReport,
     Level,
+    NoChange,
     Policy,
     PreparingExecutor,
     ScaleLearningRate,
@@ -173,6 +174,8 @@ class Companions:
 
     def _consider(self, command: AdaptationCommand) -> None:
         refusal = _invalid(command) or self._mode.allows(command)
+        if isinstance(command, NoChange):
+            return
         if refusal:
             self._report(FieldReport(_tag(command), applied=False, detail=refusal))
         elif isinstance(command, ScaleLearningRate):
@@ -274,7 +277,7 @@ def _be_there(policy: Policy) -> None:
 
 def _invalid(command: object) -> str:
     """Return what is wrong with an answer; empty when it is a command that can be carried out."""
-    if isinstance(command, SeedCommand):
+    if isinstance(command, SeedCommand | NoChange):
         return ""
     if not isinstance(command, ScaleLearningRate):
         return f"{command!r} is no command"

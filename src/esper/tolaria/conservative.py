@@ -7,7 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from esper.core.config import ConservativeConfig
-from esper.leyline import AdaptationCommand, Level, ScaleLearningRate, SeedOperation
+from esper.leyline import AdaptationCommand, Level, NoChange, ScaleLearningRate, SeedOperation
+
+# Whoever asks for these takes a risk back.
+_SAFE = (SeedOperation.CULL, SeedOperation.HOLD)
 
 Announce = Callable[[str, str, Level, dict[str, Any]], None]
 
@@ -89,7 +92,7 @@ class ConservativeMode:
             if command.factor <= 1:
                 return ""
             return f"no higher learning rate {why}: factor {command.factor:g}"
-        if command.operation is SeedOperation.CULL:
+        if isinstance(command, NoChange) or command.operation in _SAFE:
             return ""
         return f"no growth {why}: {command.operation} seed {command.seed!r}"
 
