@@ -19,7 +19,7 @@ from esper.nissa import NullHub
 from esper.tolaria.profiler import Profiler, Watch, Window
 from esper.tolaria.profiler.recording import preload
 from esper.tolaria.recorder import PHASES, Recorder
-from esper.tolaria.recovery import RecoveryLog
+from esper.tolaria.recovery_log import RecoveryLog
 from esper.tolaria.update import Update
 
 IDLE_STEPS = 200_000

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import threading
 import time
@@ -197,7 +198,10 @@ def _grow(executor: Prepares, **policy: Any) -> Memory:
     with worker:
         list(
             TolariaTrainer.from_job(
-                job, config=changed, sinks=[memory], kasmina=executor, worker=worker
+                dataclasses.replace(job, executor=executor),
+                config=changed,
+                sinks=[memory],
+                worker=worker,
             ).steps()
         )
     return memory

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import os
 import random
@@ -321,7 +322,11 @@ def test_a_seed_command_goes_to_the_executor_and_is_refused_without_one() -> Non
     command = SeedCommand("trunk", SeedOperation.GERMINATE, "mlp")
     executor, with_it, without = Widening(), Memory(), Memory()
     job = two_task_job(policy=HalvesOnce(command))
-    list(TolariaTrainer.from_job(job, config=config(), sinks=[with_it], kasmina=executor).steps())
+    list(
+        TolariaTrainer.from_job(
+            dataclasses.replace(job, executor=executor), config=config(), sinks=[with_it]
+        ).steps()
+    )
     assert executor.commands == [command]
     job = two_task_job(policy=HalvesOnce(command))
     list(TolariaTrainer.from_job(job, config=config(), sinks=[without]).steps())

@@ -140,9 +140,10 @@ class RollbackConfig(Section):
 class PolicyConfig(Section):
     """When, how long and where the policy (Tamiyo) is asked."""
 
-    mode: Literal["overlap", "wait"] = Field(
-        "overlap",
-        description="overlap: train on and take the answer at a later boundary; wait: stand still.",
+    mode: Literal["auto", "overlap", "wait"] = Field(
+        "auto",
+        description="overlap: train on and take the answer at a later boundary; wait: stand still; "
+        "auto: as the policy declares, else overlap.",
     )
     isolation: Literal["auto", "async", "thread", "process"] = Field(
         "auto",
@@ -153,6 +154,42 @@ class PolicyConfig(Section):
     deadline_ms: PositiveFloat = Field(2000.0, description="An answer later than this is dropped.")
     prepare_deadline_ms: PositiveFloat = Field(
         30000.0, description="Time for the executor to prepare a command, beside training."
+    )
+
+
+class GrowthConfig(Section):
+    """How seeds grow (Kasmina), where a job has slots; see the page docs/growth.md."""
+
+    shadow_every: PositiveInt = Field(
+        1, description="A seed that trains in isolation learns at every so many steps."
+    )
+    min_training_steps: int = Field(
+        100, ge=0, description="Steps that a seed trains in isolation before it may blend."
+    )
+    ramp_steps: PositiveInt = Field(150, description="Steps in which a seed's share rises to one.")
+    rate_factor: PositiveFloat = Field(
+        1.0, description="Learning rate of a seed over that of the first parameter group."
+    )
+    warmup_steps: int = Field(
+        20, ge=0, description="Steps in which the learning rate of a new seed rises."
+    )
+    held_out_batches: int = Field(
+        8, ge=2, description="Validation batches that the gain of a seed is measured on."
+    )
+    embargo_steps: int = Field(
+        300, ge=0, description="Steps after a cull before anything germinates there again."
+    )
+    nonfinite_patience: PositiveInt = Field(
+        3, description="Steps in a row without a finite gradient after which a seed is culled."
+    )
+    max_parameters: PositiveInt | None = Field(
+        None, description="Most parameters that the model may have; unset means no limit."
+    )
+    growths_per_slot: PositiveInt = Field(
+        1, description="Seeds that may be fossilised in one slot, one behind the other."
+    )
+    fold_tolerance: PositiveFloat = Field(
+        1e-5, description="Difference of outputs that folding may make, over their largest value."
     )
 
 
@@ -279,6 +316,7 @@ class TolariaConfig(Section):
     checkpoints: CheckpointConfig = CheckpointConfig()
     rollback: RollbackConfig = RollbackConfig()
     policy: PolicyConfig = PolicyConfig()
+    growth: GrowthConfig = GrowthConfig()
     breaker: BreakerConfig = BreakerConfig()
     conservative: ConservativeConfig = ConservativeConfig()
     emergency: EmergencyConfig = EmergencyConfig()

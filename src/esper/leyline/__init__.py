@@ -37,7 +37,7 @@ from esper.leyline.growth import (
     SeedState,
     Stage,
 )
-from esper.leyline.protocols import Executor, Policy, PreparingExecutor, Sink, Stateful
+from esper.leyline.protocols import Executor, Grower, Policy, PreparingExecutor, Sink, Stateful
 from esper.leyline.records import Event, Level, Record, StepRecord, SystemState
 from esper.leyline.verdict import COMMIT, Action, Tier, Verdict
 
@@ -62,6 +62,7 @@ __all__ = [
     "Gain",
     "Gate",
     "GateResult",
+    "Grower",
     "GrowthError",
     "GrowthState",
     "JobError",

@@ -27,8 +27,8 @@ class Gate(StrEnum):
 
     ``G0`` germinate: the blueprint fits. ``G1`` train: the model's output is unchanged, and the
     seed receives gradients. ``G2`` blend: it gains on held-out data. ``G3`` hold: its ramp has
-    ended and it is finite. ``G4`` fossilise: the model is better with it than without. ``G5`` fold: the plain
-    module gives the same outputs.
+    ended and it is finite. ``G4`` fossilise: the model is better with it than without. ``G5`` fold:
+    the plain module gives the same outputs.
     """
 
     G0 = "G0"

@@ -8,7 +8,7 @@ import torch
 
 from esper.core.config import GuardConfig, TolariaConfig
 from esper.core.worker import AsyncWorker, shared_worker
-from esper.leyline import Executor, Level, Sink, Stateful
+from esper.leyline import Grower, Level, Sink, Stateful
 from esper.nissa import NullHub, TelemetryHub
 from esper.tolaria.aggregation import PCGrad
 from esper.tolaria.boundary import Boundary, Measured
@@ -21,6 +21,7 @@ from esper.tolaria.drill import POSITION, SCALE, Drill, NoDrill
 from esper.tolaria.ending import Ending
 from esper.tolaria.epochs import Epochs
 from esper.tolaria.evaluation import Evaluation
+from esper.tolaria.growth import Growth, NoGrowth
 from esper.tolaria.guard import Guard, NullGuard
 from esper.tolaria.incident import Sources, open_incidents
 from esper.tolaria.job import TrainingJob
@@ -31,7 +32,8 @@ from esper.tolaria.outside import Outside, open_outside
 from esper.tolaria.placement import placer, resolve_device
 from esper.tolaria.profiler import open_watch
 from esper.tolaria.recorder import Recorder
-from esper.tolaria.recovery import Recovery, RecoveryLog
+from esper.tolaria.recovery import Recovery
+from esper.tolaria.recovery_log import RecoveryLog
 from esper.tolaria.rescue import Rescue
 from esper.tolaria.rollback import TwoTierRollback
 from esper.tolaria.state import TrainState
@@ -45,14 +47,12 @@ class Surroundings:
 
     :param directory: run directory; without one nothing is written to disk.
     :param sinks: receive the records.
-    :param executor: carries out commands that change the model.
     :param drill: whether to inject one divergence.
     :param worker: carries out calls to the outside; the process's own by default.
     """
 
     directory: Path | None = None
     sinks: Sequence[Sink] = ()
-    executor: Executor | None = None
     drill: bool = False
     worker: AsyncWorker | None = None
 
@@ -92,19 +92,20 @@ def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings
     mode = ConservativeMode(config.conservative, recorder.announce)
     caution = Caution(mode, guard, update.progress, prepare=worker.warm_up)
     outside = open_outside(config, worker, recorder.announce, caution)
-    companions = _companions(job, config, surroundings.executor, recorder, outside, mode)
+    companions = _companions(job, config, recorder, outside, mode)
     drill = _drill(surroundings, data, recorder)
     objective = _objective(job, config)
-    state = _state(job, objective)
-    rollback = open_rollback(state, config, surroundings.directory, outside, recorder)
-    recovery = Recovery(rollback, data, update, guard, log)
-    keeper = open_keeper(state, config, rollback.tiers, outside, recorder)
-    ending = Ending()
     validation = _validation_plan(job)
     evaluation = Evaluation(job.model, validation, metrics=job.metrics, loss=job.loss, place=place)
+    growth = _growth(job, config, objective, evaluation, data, recorder)
+    state = _state(job, objective)
+    rollback = open_rollback(state, config, surroundings.directory, outside, recorder)
+    recovery = Recovery(rollback, data, update, guard, log, growth)
+    keeper = open_keeper(state, config, rollback.tiers, outside, recorder)
+    ending = Ending()
     emergency = open_emergency(job.broadcast, surroundings.directory, outside, config, recorder)
     profiler = open_watch(config.profiler, surroundings.directory, worker, recorder)
-    sources: list[Measured] = [*outside.dependencies, mode, emergency, profiler]
+    sources: list[Measured] = [*outside.dependencies, mode, emergency, profiler, growth]
     boundary = Boundary(config.telemetry.epoch_boundary_ms, recorder, sources, emergency)
     known = Sources(job.model, data, guard, rollback.tiers.memory)
     incidents = open_incidents(surroundings.directory, job.name, config, known, worker, recorder)
@@ -116,10 +117,11 @@ def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings
         objective=objective,
         guard=guard,
         brake=Brake(emergency, recovery, caution, ending, recorder, config.guard),
+        growth=growth,
         update=update,
         recorder=recorder,
         rescue=rescue,
-        epochs=Epochs(data, evaluation, recorder, companions, log, boundary),
+        epochs=Epochs(data, evaluation, recorder, companions, log, growth, boundary),
         keeper=keeper,
         profiler=profiler,
         ending=ending,
@@ -153,7 +155,10 @@ def _register_state(parts: Assembly, recovery: Recovery) -> None:
         "meter": run.recorder.meter,
         "companions": parts.companions,
         "drill": run.drill,
+        "field_reports": run.growth.reports,
     }
+    if isinstance(run.growth, Growth):
+        components["kasmina"] = run.growth.grower
     for name, component in components.items():
         parts.state.add(name, component)
     if isinstance(parts.companions, Companions):
@@ -166,14 +171,19 @@ def _declare_changes(parts: Assembly, config: GuardConfig) -> None:
     def settle(change: str) -> None:
         parts.run.guard.pause(config.pause_steps, change)
 
-    def settle_model(change: str) -> None:
-        parts.run.objective.running.refresh()
-        settle(change)
+    def settle_seeds() -> None:
+        parts.state.refresh()
+        settle("a seed was removed")
 
+    parts.state.on_refresh = parts.run.objective.refresh
+    if isinstance(parts.run.growth, Growth):
+        parts.run.growth.on_structure = settle_seeds
     parts.run.update.on_skip = parts.run.objective.running.put_back
     parts.run.update.on_rate_jump = lambda: settle("the schedule has changed the learning rate")
     if isinstance(parts.companions, Companions):
-        parts.companions.on_change = settle_model
+        parts.companions.on_change = settle
+        if isinstance(parts.run.growth, Growth):
+            parts.companions.on_report = parts.run.growth.tell
 
 
 def _update(job: TrainingJob, config: TolariaConfig) -> Update:
@@ -203,20 +213,35 @@ def _state(job: TrainingJob, objective: Objective) -> TrainState:
         "aggregator": objective.aggregator,
     }
     stateful = {name: part for name, part in parts.items() if isinstance(part, Stateful)}
-    return TrainState(job.model, job.optimizer, stateful)
+    grower = job.executor if isinstance(job.executor, Grower) else None
+    return TrainState(job.model, job.optimizer, stateful, structure=grower)
+
+
+def _growth(
+    job: TrainingJob,
+    config: TolariaConfig,
+    objective: Objective,
+    evaluation: Evaluation,
+    data: ResumableLoader,
+    recorder: Recorder,
+) -> Growth | NoGrowth:
+    if not isinstance(job.executor, Grower):
+        return NoGrowth()
+    growth = Growth(job.executor, objective, job.scaler, evaluation, data, recorder)
+    growth.configure(config.growth)
+    return growth
 
 
 def _companions(
     job: TrainingJob,
     config: TolariaConfig,
-    executor: Executor | None,
     recorder: Recorder,
     outside: Outside,
     mode: ConservativeMode,
 ) -> Companions | NoCompanions:
     if job.policy is None:
         return NoCompanions()
-    return Companions(job.policy, executor, outside, config.policy, recorder, mode)
+    return Companions(job.policy, job.executor, outside, config.policy, recorder, mode)
 
 
 def _drill(

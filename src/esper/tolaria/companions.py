@@ -25,6 +25,7 @@ from esper.leyline import (
     PreparingExecutor,
     ScaleLearningRate,
     SeedCommand,
+    SeedOperation,
     Stateful,
     SystemState,
 )
@@ -50,6 +51,7 @@ class Companions:
     :param mode: may forbid a command.
     :ivar on_model_change: called after the executor has changed the model.
     :ivar on_change: called with what was changed, be it the model or the learning rate.
+    :ivar on_report: called with what came of each command that concerned a seed.
     :raises ConfigError: the policy cannot run where the configuration wants it.
     """
 
@@ -64,12 +66,15 @@ class Companions:
     ) -> None:
         self.on_model_change: Callable[[], None] = _do_nothing
         self.on_change: Callable[[str], None] = _ignore
+        self.on_report: Callable[[FieldReport], None] = self._tell_report
         self.isolation, self.warning = isolation_of(policy, "decide", config.isolation)
         self._policy = policy
         self._executor = executor
         self._worker = outside.worker
         self._tamiyo, self._kasmina = outside.tamiyo, outside.kasmina
         self._config = config
+        declared = getattr(policy, "mode", "overlap") if config.mode == "auto" else config.mode
+        self._waits = declared == "wait"
         self._update = recorder.update
         self._recorder = recorder
         self._mode = mode
@@ -102,7 +107,7 @@ class Companions:
         self._take_answer()
         if not self._tamiyo.pending and (state.epoch + 1) % self._config.every == 0:
             self._ask(state)
-            if self._config.mode == "wait":
+            if self._waits:
                 self._take_answer()
 
     def close(self) -> None:
@@ -141,16 +146,15 @@ class Companions:
             self._question = state
 
     def _take_answer(self) -> None:
-        wait = self._config.mode == "wait"
-        answer = self._tamiyo.wait() if wait else self._tamiyo.poll()
+        answer = self._tamiyo.wait() if self._waits else self._tamiyo.poll()
         if answer is None:
             return
-        epoch = -1 if self._question is None else self._question.epoch
-        self._question = None
+        question, self._question = self._question, None
+        epoch = -1 if question is None else question.epoch
         if answer.ok:
             command = self._adopt(answer.reply)
             if command is not None:
-                self._consider(command)
+                self._consider(_addressed(command, question))
         elif answer.outcome.value in ("timeout", "abandoned"):
             self._recorder.event(
                 "timeout_inference",
@@ -173,24 +177,29 @@ class Companions:
         return command
 
     def _consider(self, command: AdaptationCommand) -> None:
-        refusal = _invalid(command) or self._mode.allows(command)
-        if isinstance(command, NoChange):
-            return
+        refusal = _invalid(command)
+        if not refusal:
+            self._explain(command)
+            refusal = self._mode.allows(command)
         if refusal:
-            self._report(FieldReport(_tag(command), applied=False, detail=refusal))
+            self._report(_refused(command, refusal))
+        elif isinstance(command, NoChange):
+            return
         elif isinstance(command, ScaleLearningRate):
             before = self._update.learning_rate
             self._update.scale_learning_rate(command.factor)
             detail = f"learning rate {before:.4g} -> {self._update.learning_rate:.4g}"
             self.on_change(detail)
             self._report(FieldReport("scale_learning_rate", applied=True, detail=detail))
-        elif isinstance(self._executor, PreparingExecutor):
+        elif isinstance(self._executor, PreparingExecutor) and _takes_long(command):
             self._prepare(command)
+            if self._waits:
+                self._take_prepared()
         elif self._executor is not None:
             self._change_model(command, self._executor.apply, command)
         else:
             detail = f"there is no executor to {command.operation} seed {command.seed!r}"
-            self._report(FieldReport("seed", applied=False, detail=detail))
+            self._report(_refused(command, detail))
 
     def _prepare(self, command: AdaptationCommand) -> None:
         if not isinstance(self._executor, PreparingExecutor):
@@ -201,18 +210,18 @@ class Companions:
         if asked:
             self._command = command
         else:
-            detail = "the executor does not take commands at present"
-            self._report(FieldReport(_tag(command), applied=False, detail=detail))
+            self._report(_refused(command, "the executor does not take commands at present"))
 
     def _take_prepared(self) -> None:
-        answer, command = self._kasmina.poll(), self._command
+        answer = self._kasmina.wait() if self._waits else self._kasmina.poll()
+        command = self._command
         if answer is None or command is None:
             return
         self._command = None
         # What has changed since the command was given may forbid it now.
         refusal = self._mode.allows(command) or answer.detail
         if refusal:
-            self._report(FieldReport(_tag(command), applied=False, detail=refusal))
+            self._report(_refused(command, refusal))
         elif isinstance(self._executor, PreparingExecutor):
             self._change_model(command, self._executor.apply_prepared, command, answer.reply)
 
@@ -223,12 +232,31 @@ class Companions:
         *arguments: Any,  # noqa: ANN401
     ) -> None:
         answer: Answer[FieldReport] = self._kasmina.call_here(change, *arguments)
-        self.on_model_change()
-        self.on_change(f"the model was changed by {_tag(command)}")
-        refused = FieldReport(_tag(command), applied=False, detail=answer.detail)
-        self._report(answer.reply or refused)
+        report = answer.reply
+        if report is None or report.applied:
+            # One that raised may have changed something.
+            self.on_model_change()
+            self.on_change(f"the model was changed by {_tag(command)}")
+        self._report(report or _refused(command, answer.detail))
+
+    def _explain(self, command: AdaptationCommand) -> None:
+        """Tell why the policy decided as it did."""
+        explanation = command.explanation
+        if explanation is not None:
+            self._recorder.event(
+                "policy_decided",
+                f"policy, rule {explanation.rule}: {explanation.reason}",
+                decision=_tag(command),
+                **msgspec.to_builtins(explanation),
+            )
 
     def _report(self, report: FieldReport) -> None:
+        if report.command == "seed":
+            self.on_report(report)
+        else:
+            self._tell_report(report)
+
+    def _tell_report(self, report: FieldReport) -> None:
         level = Level.INFO if report.applied else Level.WARNING
         message = f"policy: {report.detail}"
         self._recorder.event("policy_answered", message, level, **msgspec.to_builtins(report))
@@ -286,6 +314,36 @@ def _invalid(command: object) -> str:
     return ""
 
 
+def _takes_long(command: SeedCommand) -> bool:
+    return command.operation is SeedOperation.GERMINATE
+
+
+def _addressed(command: AdaptationCommand, question: SystemState | None) -> AdaptationCommand:
+    """Say what an unsigned command was an answer to, where it does not say so itself."""
+    growth = None if question is None else question.growth
+    if not isinstance(command, SeedCommand) or question is None or growth is None:
+        return command
+    if command.signature:
+        return command
+    version = growth.version if command.version == -1 else command.version
+    name = command.id or f"{question.attempt}.{question.step}.{command.seed}"
+    return msgspec.structs.replace(command, id=name, version=version)
+
+
+def _refused(command: AdaptationCommand, reason: str) -> FieldReport:
+    if not isinstance(command, SeedCommand):
+        return FieldReport(_tag(command), applied=False, detail=reason)
+    return FieldReport(
+        "seed",
+        applied=False,
+        detail=reason,
+        id=command.id,
+        seed=command.seed,
+        operation=command.operation.value,
+        blueprint=command.blueprint,
+    )
+
+
 def _tag(command: object) -> str:
     config = getattr(command, "__struct_config__", None)
     return type(command).__name__ if config is None else str(config.tag)
@@ -295,5 +353,5 @@ def _do_nothing() -> None:
     pass
 
 
-def _ignore(change: str) -> None:
+def _ignore(change: object) -> None:
     pass

@@ -4,13 +4,14 @@ import time
 
 import psutil
 
-from esper.leyline import SystemState
+from esper.leyline import GrowthState, SystemState
 from esper.tolaria.boundary import Boundary
 from esper.tolaria.companions import Companions, NoCompanions
 from esper.tolaria.data import ResumableLoader
 from esper.tolaria.evaluation import Evaluation
+from esper.tolaria.growth import Growth, NoGrowth
 from esper.tolaria.recorder import Recorder
-from esper.tolaria.recovery import RecoveryLog
+from esper.tolaria.recovery_log import RecoveryLog
 
 
 class Epochs:
@@ -21,6 +22,7 @@ class Epochs:
     :param recorder: holds the epoch's means and takes its state.
     :param companions: attended to at each boundary.
     :param log: tells attempt and rollbacks.
+    :param growth: measured at each boundary.
     :param boundary: measures how long training stands still, and what else is measured.
     """
 
@@ -31,6 +33,7 @@ class Epochs:
         recorder: Recorder,
         companions: Companions | NoCompanions,
         log: RecoveryLog,
+        growth: Growth | NoGrowth,
         boundary: Boundary,
     ) -> None:
         self.last: SystemState | None = None
@@ -41,6 +44,7 @@ class Epochs:
         self._companions = companions
         self._update = recorder.update
         self._log = log
+        self._growth = growth
         self._boundary = boundary
         self._process = psutil.Process()
         self._began = time.perf_counter()
@@ -51,8 +55,9 @@ class Epochs:
             return
         seconds = time.perf_counter() - self._began
         validation = self._evaluation.run()
+        growth = self._growth.survey()
         began = time.perf_counter()
-        state = self._state(self._data.epoch, validation, seconds)
+        state = self._state(self._data.epoch, validation, seconds, growth)
         self._recorder.outlet.emit(state)
         self._recorder.note_validation(state.step, validation)
         self._recorder.meter.reset()
@@ -68,7 +73,13 @@ class Epochs:
         finished, self._finished = self._finished, []
         return finished
 
-    def _state(self, epoch: int, validation: dict[str, float], seconds: float) -> SystemState:
+    def _state(
+        self,
+        epoch: int,
+        validation: dict[str, float],
+        seconds: float,
+        growth: GrowthState | None,
+    ) -> SystemState:
         meter = self._recorder.meter
         return SystemState(
             epoch=epoch,
@@ -87,4 +98,6 @@ class Epochs:
             timings_ms=meter.means("timing"),
             memory_mb=self._process.memory_info().rss / 2**20,
             metrics=self._boundary.metrics(),
+            growth=growth,
+            reports=self._growth.reports.newest(),
         )

@@ -54,6 +54,21 @@ class Evaluation:
         finally:
             self._model.train(was_training)
 
+    def sample(self, count: int) -> list[Any]:
+        """Return so many batches, spread evenly over the data; none without validation data."""
+        plan = self._plan
+        if plan is None:
+            return []
+        fetch = fetcher(plan.dataset, plan.collate)
+        starts = range(0, plan.samples, plan.batch_size)
+        chosen = [starts[i * len(starts) // count] for i in range(min(count, len(starts)))]
+        if len(starts) <= count:
+            chosen = list(starts)
+        return [
+            self._place(fetch(list(range(start, min(start + plan.batch_size, plan.samples)))))
+            for start in chosen
+        ]
+
     def _run(self, plan: DataPlan) -> dict[str, float]:
         fetch = fetcher(plan.dataset, plan.collate)
         totals: dict[str, float] = {}

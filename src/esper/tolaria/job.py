@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DataLoader, Dataset
 
-from esper.leyline import EmergencySignal, JobError, Policy
+from esper.leyline import EmergencySignal, Executor, JobError, Policy
 from esper.tolaria.aggregation import Aggregator
 
 # Both are called with the job's own model and batch, whatever their types are.
@@ -35,6 +35,7 @@ class TrainingJob:
     :param aggregator: combines the gradients of several tasks; PCGrad by default.
     :param scaler: for mixed precision with float16.
     :param policy: asked at epoch boundaries how training should adapt.
+    :param executor: carries out what concerns the model, such as :class:`esper.kasmina.Kasmina`.
     :param broadcast: called with each emergency of the run, beside training, until it succeeds.
     :param batch_size: samples in a batch, where ``data`` is a data set.
     :param name: names the run.
@@ -51,6 +52,7 @@ class TrainingJob:
     aggregator: Aggregator | None = None
     scaler: torch.amp.GradScaler | None = None
     policy: Policy | None = None
+    executor: Executor | None = None
     broadcast: Callable[[EmergencySignal], Any] | None = None
     batch_size: int = 64
     name: str = "job"

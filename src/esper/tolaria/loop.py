@@ -15,6 +15,7 @@ from esper.tolaria.data import ResumableLoader
 from esper.tolaria.drill import Drill, NoDrill
 from esper.tolaria.ending import Ending
 from esper.tolaria.epochs import Epochs
+from esper.tolaria.growth import Growth, NoGrowth
 from esper.tolaria.guard import Guard, NullGuard
 from esper.tolaria.keeper import Keeper
 from esper.tolaria.objective import Objective
@@ -34,6 +35,7 @@ class Run:
     objective: Objective
     guard: Guard | NullGuard
     brake: Brake
+    growth: Growth | NoGrowth
     update: Update
     recorder: Recorder
     rescue: Rescue
@@ -64,11 +66,13 @@ def steps(run: Run) -> Iterator[StepRecord]:
         verdict = run.guard.judge(step, gradients.total, gradients.norm, gradients.losses)
         verdict = run.brake.review(step, verdict)
         clock.append(now())
+        run.growth.train_seeds(verdict, content)
         run.update.carry_out(verdict, gradients)
         clock.append(now())
         record = run.recorder.record(step, batch, gradients, verdict, clock)
         run.rescue.answer(record, batch, verdict)
         run.brake.settle()
+        run.growth.settle()
         run.epochs.close_when_ended()
         run.keeper.keep_when_due(verdict)
         run.profiler.step(record)

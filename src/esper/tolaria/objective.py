@@ -70,6 +70,15 @@ class Objective:
         """The parameters that gradients are computed for."""
         return self._parameters
 
+    def refresh(self) -> None:
+        """Look parameters and buffers up again; needed after the model's structure has changed."""
+        self._parameters = [p for p in self._model.parameters() if p.requires_grad]
+        self.running.refresh()
+
+    def call(self, content: Any) -> Any:  # noqa: ANN401 - the user's batch and losses
+        """Return what the loss function says of a batch, as it is."""
+        return self._loss(self._model, content)
+
     def losses(self, content: Any) -> dict[str, Tensor]:  # noqa: ANN401 - the user's batch
         """Run the model on one batch and return its loss by task, without the absent tasks.
 

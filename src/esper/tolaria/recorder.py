@@ -7,7 +7,7 @@ from esper.leyline import Event, Level, Record, StepRecord, Verdict
 from esper.tolaria.data import Batch
 from esper.tolaria.epoch_meter import EpochMeter
 from esper.tolaria.objective import Gradients
-from esper.tolaria.recovery import RecoveryLog
+from esper.tolaria.recovery_log import RecoveryLog
 from esper.tolaria.update import Update
 
 PHASES = ("keep", "data", "forward", "backward", "judge", "commit")
@@ -35,6 +35,11 @@ class Recorder:
         self.update = update
         self._log = log
         self._validated: tuple[int, dict[str, float]] = -1, {}
+
+    @property
+    def attempt(self) -> int:
+        """Counts rollbacks and resumes."""
+        return self._log.attempt
 
     def record(
         self,

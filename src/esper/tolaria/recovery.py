@@ -7,12 +7,14 @@ from typing import Any
 
 from esper.leyline import Tier, Verdict
 from esper.tolaria.data import Batch, ResumableLoader
+from esper.tolaria.growth import Growth, NoGrowth
 from esper.tolaria.guard import Guard, NullGuard
+from esper.tolaria.recovery_log import RecoveryLog
 from esper.tolaria.rollback import RollbackResult, TwoTierRollback
 from esper.tolaria.update import Update
 
 # What a rollback must not take back: the memory of what recovery has done.
-KEPT = frozenset({"recovery", "guard_history", "caution", "emergency"})
+KEPT = frozenset({"recovery", "guard_history", "caution", "emergency", "field_reports"})
 _TRAIL = 64
 
 
@@ -26,25 +28,6 @@ class Recovered:
 
     rollback: RollbackResult
     skipped: tuple[tuple[int, int], ...] = ()
-
-
-class RecoveryLog:
-    """Counts what recovery did in this run."""
-
-    def __init__(self) -> None:
-        self.attempt = 0
-        self.rollbacks = 0
-        self.skipped_batches = 0
-        self.skipped_updates = 0
-        self.rate_cut = 1.0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the counters."""
-        return dict(vars(self))
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
-        """Set the counters."""
-        vars(self).update(state_dict)
 
 
 class Trail:
@@ -78,6 +61,7 @@ class Recovery:
     :param update: its learning rate is cut on request.
     :param guard: told that the suspicion is over.
     :param log: counts what is done.
+    :param growth: told of seeds that are taken back.
     """
 
     def __init__(
@@ -87,7 +71,9 @@ class Recovery:
         update: Update,
         guard: Guard | NullGuard,
         log: RecoveryLog,
+        growth: Growth | NoGrowth,
     ) -> None:
+        self.growth = growth
         self.log = log
         self.trail = Trail()
         self.rollback = rollback
@@ -105,6 +91,7 @@ class Recovery:
         self._update.clear()
         step = self._update.progress.step
         suspects = self.trail.since(verdict.first_suspect - 1)
+        stages = self.growth.stages
         result = self._restore(verdict, began)
         if result.tier is None:
             return Recovered(result)
@@ -114,6 +101,7 @@ class Recovery:
         if verdict.rewarm_steps:
             self._update.progress.rewarm(verdict.rewarm_from, verdict.rewarm_steps)
         self._guard.note_recovered(step)
+        self.growth.note_rollback(stages)
         self.log.attempt += 1
         self.log.rollbacks += 1
         self.log.skipped_batches += len(suspects)

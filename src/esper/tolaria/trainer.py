@@ -76,8 +76,15 @@ class TolariaTrainer:
         kasmina: Executor | None = None,
         config: TolariaConfig | None = None,
     ) -> None:
-        job = TrainingJob(model=model, optimizer=optimizer, data=data, loss=loss_fn, policy=tamiyo)
-        self._set_up(job, config or TolariaConfig(), Surroundings(executor=kasmina))
+        job = TrainingJob(
+            model=model,
+            optimizer=optimizer,
+            data=data,
+            loss=loss_fn,
+            policy=tamiyo,
+            executor=kasmina,
+        )
+        self._set_up(job, config or TolariaConfig(), Surroundings())
 
     @classmethod
     def from_job(
@@ -87,7 +94,6 @@ class TolariaTrainer:
         config: TolariaConfig | None = None,
         directory: Path | None = None,
         sinks: Sequence[Sink] = (),
-        kasmina: Executor | None = None,
         drill: bool = False,
         worker: AsyncWorker | None = None,
     ) -> "TolariaTrainer":
@@ -99,7 +105,7 @@ class TolariaTrainer:
         :param worker: carries out calls to the outside; the process's own by default.
         """
         trainer = cls.__new__(cls)
-        surroundings = Surroundings(directory, sinks, kasmina, drill, worker)
+        surroundings = Surroundings(directory, sinks, drill, worker)
         trainer._set_up(job, config or TolariaConfig(), surroundings)
         return trainer
 
