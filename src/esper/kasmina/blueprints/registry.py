@@ -1,0 +1,114 @@
+"""Blueprints by name: our own, and those that installed packages offer."""
+
+import difflib
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from esper.kasmina.blueprints.base import Blueprint, Flow
+from esper.kasmina.blueprints.convolutional import Attention, ConvResidual, Depthwise, Excitation
+from esper.kasmina.blueprints.dense import LinearBottleneck, LowRank, Mlp
+from esper.kasmina.blueprints.widen import Widen
+from esper.leyline import GrowthError, Offer
+
+GROUP = "esper.blueprints"
+_registered: dict[str, Blueprint] = {}
+
+
+def register(blueprint: Blueprint) -> None:
+    """Make a blueprint known by its name.
+
+    :raises GrowthError: the name is taken by another one.
+    """
+    known = _registered.get(blueprint.name)
+    if known is not None and type(known) is not type(blueprint):
+        raise GrowthError(f"there is a blueprint {blueprint.name!r} already; choose another name")
+    _registered[blueprint.name] = blueprint
+
+
+def get(name: str) -> Blueprint:
+    """Return a blueprint by name, also from an installed package's entry point.
+
+    :raises GrowthError: there is none, naming the nearest; or its package cannot be loaded.
+    """
+    if name in _registered:
+        return _registered[name]
+    points = _points()
+    if name not in points:
+        nearest = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are: {', '.join(names())}"
+        raise GrowthError(f"there is no blueprint {name!r}; {hint}")
+    register(_load(points[name]))
+    return _registered[name]
+
+
+def names() -> list[str]:
+    """Return the names of all blueprints, sorted."""
+    return sorted({*_registered, *_points()})
+
+
+def offers(flow: Flow) -> dict[str, Offer]:
+    """Return what each blueprint that fits would add, with its default arguments.
+
+    Those of packages that cannot be loaded are left out; asking for one by name tells why.
+    """
+    found = {}
+    for name in names():
+        try:
+            blueprint = get(name)
+        except GrowthError:
+            continue
+        if not blueprint.fits(flow):
+            found[name] = _price(blueprint, flow)
+    return found
+
+
+def _price(blueprint: Blueprint, flow: Flow) -> Offer:
+    shape = flow.shape if flow.pair is None else flow.pair.source_shape
+    # Made where nothing is computed: no random number is drawn, no memory taken.
+    with torch.device("meta"):
+        seed = blueprint.make(flow, dict(blueprint.defaults)).to("meta", flow.dtype)
+        source = torch.empty((1, *shape[1:]), dtype=flow.dtype)
+    seed.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        seed(source)
+    return Offer(_size(seed), float(counter.get_total_flops()))
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@cache
+def _points() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def _load(point: EntryPoint) -> Blueprint:
+    try:
+        made = point.load()
+        blueprint = made() if isinstance(made, type) else made
+    except Exception as error:
+        raise GrowthError(
+            f"blueprint {point.name!r} of {point.value} cannot be loaded: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(blueprint, Blueprint) or blueprint.name != point.name:
+        raise GrowthError(f"{point.value} is no blueprint of the name {point.name!r}")
+    return blueprint
+
+
+for _made in (
+    Attention(),
+    ConvResidual(),
+    Depthwise(),
+    Excitation(),
+    LinearBottleneck(),
+    LowRank(),
+    Mlp(),
+    Widen(),
+):
+    register(_made)

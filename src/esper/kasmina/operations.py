@@ -1,0 +1,293 @@
+"""What may be done with a seed, and what follows by itself."""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor, nn
+
+from esper.core.config import GrowthConfig
+from esper.kasmina import gates
+from esper.kasmina.blueprints import get, initialise, needs_gradient
+from esper.kasmina.garden import Garden
+from esper.kasmina.lifecycle import LIVE
+from esper.kasmina.probe import Probe
+from esper.kasmina.ramp import Ramp
+from esper.kasmina.slot import Passage
+from esper.kasmina.structure import Fold, Plant, Uproot, live_flow, seed_of_change
+from esper.leyline import (
+    FieldReport,
+    Gate,
+    GateResult,
+    GrowthError,
+    SeedCommand,
+    SeedOperation,
+    Stage,
+)
+
+_TAG = "seed"
+_ENGINE = "engine"
+
+
+class RefusedError(GrowthError):
+    """An operation is not carried out; its gates say why.
+
+    :param results: what they measured.
+    """
+
+    def __init__(self, reason: str, results: list[GateResult] | None = None) -> None:
+        super().__init__(reason)
+        self.results = results or []
+
+
+class Operations:
+    """Carries out operations on seeds; each takes effect wholly or not at all.
+
+    :param garden: all slots.
+    :param probe: runs the model on the kept sample.
+    :param config: limits and lengths.
+    """
+
+    def __init__(self, garden: Garden, probe: Probe, config: GrowthConfig) -> None:
+        self.config = config
+        self._garden = garden
+        self._architecture = garden.architecture
+        self._probe = probe
+        self._operations: dict[SeedOperation, Callable[[SeedCommand], list[GateResult]]] = {
+            SeedOperation.GERMINATE: self._germinate,
+            SeedOperation.ADVANCE: lambda command: self._advance(command.seed),
+            SeedOperation.HOLD: self._hold,
+            SeedOperation.RETARGET: self._retarget,
+            SeedOperation.CULL: lambda command: self._cull(command.seed),
+        }
+
+    def carry_out(self, command: SeedCommand) -> FieldReport:
+        """Carry out one command; the report says what changed, or why nothing did."""
+        life = self._garden.lives.get(command.seed)
+        if life is None:
+            known = ", ".join(map(repr, self._garden.lives)) or "none"
+            return self.refused(command, f"there is no slot {command.seed!r}; there are: {known}")
+        before, blueprint = life.stage, life.blueprint or command.blueprint
+        try:
+            results = self._operations[command.operation](command)
+        except RefusedError as refusal:
+            return self.refused(command, str(refusal), refusal.results, blueprint)
+        except GrowthError as error:
+            return self.refused(command, str(error), blueprint=blueprint)
+        finally:
+            self._garden.resettle()
+        return self._report(command.seed, before, results, blueprint, command)
+
+    def refused(
+        self,
+        command: SeedCommand,
+        reason: str,
+        results: list[GateResult] | None = None,
+        blueprint: str = "",
+    ) -> FieldReport:
+        """Return the report of a command that is not carried out."""
+        life = self._garden.lives.get(command.seed)
+        stage = None if life is None else life.stage
+        return FieldReport(
+            _TAG,
+            applied=False,
+            detail=f"{command.operation} seed {command.seed!r} refused: {reason}",
+            id=command.id,
+            seed=command.seed,
+            operation=command.operation.value,
+            blueprint=blueprint or command.blueprint,
+            before=stage,
+            after=stage,
+            version=self._architecture.version,
+            gates=results or [],
+        )
+
+    def settle(self) -> list[FieldReport]:
+        """Let stages follow that follow by themselves; return what came of it."""
+        reports = []
+        for name, life in list(self._garden.lives.items()):
+            before, blueprint = life.stage, life.blueprint
+            results = self._follow(name)
+            if life.stage is not before:
+                self._garden.resettle()
+                reports.append(self._report(name, before, results, blueprint))
+        return reports
+
+    def _follow(self, name: str) -> list[GateResult]:
+        garden, life = self._garden, self._garden.lives[name]
+        age, clock = garden.clock - life.since, garden.clock
+        if life.stage is Stage.GERMINATED:
+            life.go(Stage.TRAINING, clock)
+        elif life.stage is Stage.TRAINING and life.nonfinite >= self.config.nonfinite_patience:
+            self._cull(name)
+            reason = f"no finite gradient in {self.config.nonfinite_patience} steps in a row"
+            return [GateResult(Gate.G1, False, reason)]
+        elif life.stage is Stage.BLENDING:
+            result = gates.settled(life, garden.slot(name).seed, clock)
+            if result.passed:
+                life.go(Stage.HOLDING, clock)
+                return [result]
+        elif life.stage is Stage.CULLED:
+            life.go(Stage.EMBARGOED, clock)
+        elif life.stage is Stage.EMBARGOED and age >= self.config.embargo_steps:
+            life.go(Stage.RESETTING, clock)
+        elif life.stage is Stage.RESETTING or self._may_reopen(name):
+            garden.forget_offers(name)
+            life.go(Stage.DORMANT, clock)
+        return []
+
+    def _may_reopen(self, name: str) -> bool:
+        fossilised = self._garden.lives[name].stage is Stage.FOSSILISED
+        return fossilised and name in self._architecture.slots
+
+    def _germinate(self, command: SeedCommand) -> list[GateResult]:
+        name, planting, garden = command.seed, command.planting, self._garden
+        life = garden.lives[name]
+        if life.stage is not Stage.DORMANT:
+            raise RefusedError(f"it is {life.stage}, not dormant")
+        flow, blueprint = live_flow(garden.slot(name)), get(command.blueprint)
+        results = [_require(gates.fits(blueprint, flow))]
+        inserted = _training_of(planting.training) == "insert"
+        ramp = Ramp(1.0, 1.0, 1, planting.ramp) if inserted else None
+        before, parameters = self._probe.outputs(), garden.parameters()
+        change = Plant(
+            name,
+            command.blueprint,
+            blueprint.version,
+            planting,
+            seed_of_change(name, self._architecture.version),
+        )
+        self._architecture.make(change, self._initial(planting.initialiser, name))
+        try:
+            added = garden.parameters() - parameters
+            results.append(
+                _require(gates.affordable(parameters, added, self.config.max_parameters), results)
+            )
+            slot = garden.slot(name)
+            slot.alpha.fill_(float(inserted))
+            with slot.passing(Passage.BLENDED if inserted else Passage.HOST):
+                results.append(_require(gates.unchanged(before, self._probe.outputs()), results))
+        except BaseException:
+            self._architecture.take_back()
+            raise
+        life.go(Stage.GERMINATED, garden.clock)
+        life.blueprint, life.planting, life.nonfinite = command.blueprint, planting, 0
+        if ramp is not None:
+            life.go(Stage.BLENDING, garden.clock)
+            life.start_ramp(ramp, garden.clock)
+        return results
+
+    def _advance(self, name: str) -> list[GateResult]:
+        garden, life = self._garden, self._garden.lives[name]
+        if life.stage is Stage.TRAINING:
+            age = garden.clock - life.since
+            result = _require(gates.gains(life, age, self.config))
+            if not gates.is_finite(garden.slot(name).seed):
+                raise RefusedError("a weight of the seed is not finite", [result])
+            life.go(Stage.BLENDING, garden.clock)
+            self._start_ramp(name, 0.0, 1.0)
+            return [result]
+        if life.stage is Stage.HOLDING:
+            return self._fossilise(name)
+        if life.stage is Stage.BLENDING:
+            raise RefusedError(
+                "it is blending", [gates.settled(life, garden.slot(name).seed, garden.clock)]
+            )
+        raise RefusedError(f"it is {life.stage}; nothing follows that can be asked for")
+
+    def _fossilise(self, name: str) -> list[GateResult]:
+        garden, life = self._garden, self._garden.lives[name]
+        alpha = life.alpha(garden.clock)
+        results = [_require(gates.worthwhile(life, alpha))]
+        reopened = life.growths + 1 < self.config.growths_per_slot
+        before = self._probe.outputs()
+        self._architecture.make(Fold(name, alpha, reopened))
+        try:
+            result = gates.same(before, self._probe.outputs(), self.config.fold_tolerance)
+            results.append(_require(result, results))
+        except BaseException:
+            self._architecture.take_back()
+            raise
+        life.go(Stage.FOSSILISED, garden.clock)
+        life.growths += 1
+        return results
+
+    def _hold(self, command: SeedCommand) -> list[GateResult]:
+        garden, life = self._garden, self._garden.lives[command.seed]
+        alpha = life.alpha(garden.clock)
+        if life.stage is not Stage.BLENDING:
+            raise RefusedError(f"it is {life.stage}, not blending")
+        life.go(Stage.HOLDING, garden.clock)
+        life.start_ramp(Ramp(alpha, alpha, 1, life.planting.ramp), garden.clock)
+        return []
+
+    def _retarget(self, command: SeedCommand) -> list[GateResult]:
+        garden, life = self._garden, self._garden.lives[command.seed]
+        if life.stage is not Stage.HOLDING:
+            raise RefusedError(f"it is {life.stage}; a ramp is retargeted from holding only")
+        if not 0.0 <= command.target <= 1.0:
+            raise RefusedError(f"target is {command.target!r}; give a number from 0 to 1")
+        alpha = life.alpha(garden.clock)
+        life.go(Stage.BLENDING, garden.clock)
+        self._start_ramp(command.seed, alpha, command.target)
+        return []
+
+    def _cull(self, name: str) -> list[GateResult]:
+        life = self._garden.lives[name]
+        if life.stage not in LIVE:
+            raise RefusedError(f"it is {life.stage}; there is no seed to cull")
+        self._architecture.make(Uproot(name))
+        life.go(Stage.CULLED, self._garden.clock)
+        return []
+
+    def _start_ramp(self, name: str, start: float, target: float) -> None:
+        life = self._garden.lives[name]
+        steps = life.planting.ramp_steps or self.config.ramp_steps
+        life.start_ramp(Ramp(start, target, steps, life.planting.ramp), self._garden.clock)
+        self._garden.slot(name).alpha.fill_(start)
+
+    def _initial(self, initialiser: str, name: str) -> Callable[[nn.Module], None]:
+        inputs = gradient = None
+        if needs_gradient(initialiser):
+            inputs, gradient = self._garden.pull(name)
+        return partial(_initialise, initialiser, inputs, gradient)
+
+    def _report(
+        self,
+        name: str,
+        before: Stage,
+        results: list[GateResult],
+        blueprint: str,
+        command: SeedCommand | None = None,
+    ) -> FieldReport:
+        after = self._garden.lives[name].stage
+        told = "; ".join(result.reason for result in results)
+        return FieldReport(
+            _TAG if command else _ENGINE,
+            applied=True,
+            detail=f"seed {name!r} ({blueprint}): {before} -> {after}"
+            + (f"; {told}" if told else ""),
+            id=command.id if command else "",
+            seed=name,
+            operation=command.operation.value if command else "",
+            blueprint=blueprint,
+            before=before,
+            after=after,
+            version=self._architecture.version,
+            gates=results,
+        )
+
+
+def _require(result: GateResult, earlier: list[GateResult] | None = None) -> GateResult:
+    if not result.passed:
+        raise RefusedError(f"gate {result.gate}: {result.reason}", [*(earlier or []), result])
+    return result
+
+
+def _training_of(training: str) -> str:
+    if training not in ("shadow", "insert"):
+        raise RefusedError(f"training is {training!r}; give 'shadow' or 'insert'")
+    return training
+
+
+def _initialise(name: str, inputs: Tensor | None, gradient: Tensor | None, seed: nn.Module) -> None:
+    initialise(name, seed, inputs=inputs, gradient=gradient)
