@@ -20,7 +20,9 @@ from esper.leyline import (
 )
 from esper.tolaria.job import TrainingJob
 
-QUICK = GrowthConfig(min_training_steps=0, ramp_steps=4, warmup_steps=2, embargo_steps=3)
+QUICK = GrowthConfig(
+    min_training_steps=0, ramp_steps=4, warmup_steps=2, embargo_steps=3, growths_per_slot=1
+)
 
 
 class Images(nn.Module):

@@ -186,7 +186,7 @@ class GrowthConfig(Section):
         None, description="Most parameters that the model may have; unset means no limit."
     )
     growths_per_slot: PositiveInt = Field(
-        1, description="Seeds that may be fossilised in one slot, one behind the other."
+        3, description="Seeds that may be fossilised in one slot, one behind the other."
     )
     fold_tolerance: PositiveFloat = Field(
         1e-5, description="Difference of outputs that folding may make, over their largest value."

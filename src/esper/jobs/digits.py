@@ -31,9 +31,10 @@ class TwoDigitReader(nn.Module):
     """A convolutional trunk with a head for each digit.
 
     :param width: channels of the first convolution; the second has twice as many.
+    :param features: that both heads read.
     """
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int = 32, features: int = 64) -> None:
         super().__init__()
         self.trunk = nn.Sequential(
             nn.Conv2d(1, width, 3, padding=1),
@@ -44,11 +45,11 @@ class TwoDigitReader(nn.Module):
             nn.MaxPool2d(2),
             nn.Flatten(),
             nn.Dropout(0.1),
-            nn.Linear(2 * width * (CANVAS // 4) ** 2, 64),
+            nn.Linear(2 * width * (CANVAS // 4) ** 2, features),
             nn.ReLU(),
         )
-        self.left = nn.Linear(64, 10)
-        self.right = nn.Linear(64, 10)
+        self.left = nn.Linear(features, 10)
+        self.right = nn.Linear(features, 10)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Return the logits of both digits.

@@ -1,8 +1,9 @@
 """Builds the parts of a run from a job and a configuration."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -93,10 +94,8 @@ def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings
     caution = Caution(mode, guard, update.progress, prepare=worker.warm_up)
     outside = open_outside(config, worker, recorder.announce, caution)
     companions = _companions(job, config, recorder, outside, mode)
-    drill = _drill(surroundings, data, recorder)
     objective = _objective(job, config)
-    validation = _validation_plan(job)
-    evaluation = Evaluation(job.model, validation, metrics=job.metrics, loss=job.loss, place=place)
+    evaluation = _evaluation(job, place)
     growth = _growth(job, config, objective, evaluation, data, recorder)
     state = _state(job, objective)
     rollback = open_rollback(state, config, surroundings.directory, outside, recorder)
@@ -113,7 +112,7 @@ def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings
     run = Run(
         data=data,
         place=place,
-        drill=drill,
+        drill=_drill(surroundings, data, recorder),
         objective=objective,
         guard=guard,
         brake=Brake(emergency, recovery, caution, ending, recorder, config.guard),
@@ -127,7 +126,7 @@ def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings
         ending=ending,
     )
     parts = Assembly(
-        run, state, hub, rollback, companions, outside, caution, boundary, log, plan, validation
+        run, state, hub, rollback, companions, outside, caution, boundary, log, plan, evaluation.plan
     )
     _register_state(parts, recovery)
     _declare_changes(parts, config.guard)
@@ -271,7 +270,9 @@ def _drill(
     return Drill(epoch, number, announce)
 
 
-def _validation_plan(job: TrainingJob) -> DataPlan | None:
-    if job.validation is None:
-        return None
-    return plan_data(job.validation, batch_size=job.batch_size, shuffle=False, role="validation")
+def _evaluation(job: TrainingJob, place: Callable[[Any], Any]) -> Evaluation:
+    plan = None
+    if job.validation is not None:
+        size = job.batch_size
+        plan = plan_data(job.validation, batch_size=size, shuffle=False, role="validation")
+    return Evaluation(job.model, plan, metrics=job.metrics, loss=job.loss, place=place)

@@ -152,9 +152,12 @@ class Companions:
         question, self._question = self._question, None
         epoch = -1 if question is None else question.epoch
         if answer.ok:
-            command = self._adopt(answer.reply)
+            reply = self._adopt(answer.reply)
+            command, problem = _checked(reply)
             if command is not None:
                 self._consider(_addressed(command, question))
+            elif reply is not None:
+                self._report(FieldReport(_tag(reply), applied=False, detail=problem))
         elif answer.outcome.value in ("timeout", "abandoned"):
             self._recorder.event(
                 "timeout_inference",
@@ -164,11 +167,10 @@ class Companions:
             )
         self._policy_state = self._state_of_policy()
 
-    def _adopt(self, reply: Any) -> AdaptationCommand | None:  # noqa: ANN401
+    def _adopt(self, reply: Any) -> Any:  # noqa: ANN401 - a policy may answer anything
         """Take over the state that the policy has come to in a process; return its command."""
         if self.isolation is not Isolation.PROCESS:
-            command: AdaptationCommand | None = reply
-            return command
+            return reply
         command, copy = reply
         if isinstance(self._policy, Stateful):
             self._policy.load_state_dict(copy.state_dict())
@@ -177,10 +179,8 @@ class Companions:
         return command
 
     def _consider(self, command: AdaptationCommand) -> None:
-        refusal = _invalid(command)
-        if not refusal:
-            self._explain(command)
-            refusal = self._mode.allows(command)
+        self._explain(command)
+        refusal = self._mode.allows(command)
         if refusal:
             self._report(_refused(command, refusal))
         elif isinstance(command, NoChange):
@@ -303,15 +303,17 @@ def _be_there(policy: Policy) -> None:
     """In a process: do nothing; whatever the policy needs has been imported by now."""
 
 
-def _invalid(command: object) -> str:
-    """Return what is wrong with an answer; empty when it is a command that can be carried out."""
-    if isinstance(command, SeedCommand | NoChange):
-        return ""
-    if not isinstance(command, ScaleLearningRate):
-        return f"{command!r} is no command"
-    if not 0 < command.factor < math.inf:
-        return f"the learning rate cannot be multiplied by {command.factor!r}"
-    return ""
+def _checked(reply: object) -> tuple[AdaptationCommand | None, str]:
+    """Return an answer as a command of the right types, or what is wrong with it."""
+    if not isinstance(reply, SeedCommand | NoChange | ScaleLearningRate):
+        return None, f"{reply!r} is no command"
+    try:
+        command = msgspec.convert(msgspec.to_builtins(reply), type(reply))
+    except (msgspec.ValidationError, TypeError) as error:
+        return None, f"{reply!r} is no sound command: {error}"
+    if isinstance(command, ScaleLearningRate) and not 0 < command.factor < math.inf:
+        return None, f"the learning rate cannot be multiplied by {command.factor!r}"
+    return command, ""
 
 
 def _takes_long(command: SeedCommand) -> bool:

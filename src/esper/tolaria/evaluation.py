@@ -20,6 +20,7 @@ class Evaluation:
     :param metrics: see :class:`~esper.tolaria.job.TrainingJob`.
     :param loss: what is measured when there are no metrics.
     :param place: moves a batch to the model's device.
+    :ivar plan: as given.
     """
 
     def __init__(
@@ -32,7 +33,7 @@ class Evaluation:
         place: Callable[[Any], Any],
     ) -> None:
         self._model = model
-        self._plan = plan
+        self.plan = plan
         self._metrics = metrics
         self._loss = loss
         self._place = place
@@ -44,19 +45,19 @@ class Evaluation:
 
         :raises LossError: the metric function returned something that is no number.
         """
-        if self._plan is None:
+        if self.plan is None:
             return {}
         was_training = self._model.training
         self._model.eval()
         try:
             with torch.no_grad():
-                return self._run(self._plan)
+                return self._run(self.plan)
         finally:
             self._model.train(was_training)
 
     def sample(self, count: int) -> list[Any]:
         """Return so many batches, spread evenly over the data; none without validation data."""
-        plan = self._plan
+        plan = self.plan
         if plan is None:
             return []
         fetch = fetcher(plan.dataset, plan.collate)
