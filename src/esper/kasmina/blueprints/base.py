@@ -142,7 +142,7 @@ class Blueprint(ABC):
 
 
 def scale_last(seed: nn.Module, alpha: float) -> bool:
-    """Multiply a seed's output by a share, in its outgoing layer; return whether that was possible."""
+    """Multiply a seed's output by a share, in its outgoing layer; return whether it can be."""
     last = getattr(seed, "last", None)
     layer = getattr(last, "layer", last)
     if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d) or hasattr(seed, "channel_dim"):
