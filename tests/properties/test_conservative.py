@@ -24,7 +24,7 @@ class Conservative(RuleBasedStateMachine):
         self.events: list[tuple[str, dict[str, Any]]] = []
         self.holds = [False, False]
         # Since the mode was last entered: reasons as text, steps as booleans, in their order.
-        self.story: list[str | bool] = []
+        self.story: list[str | bool | None] = []
         self.entered = self.left = 0
         self.told = 0
         self.mode = self.make()
@@ -59,22 +59,24 @@ class Conservative(RuleBasedStateMachine):
             assert name == "conservative_mode_entered"
             assert data == {"reason": reason, "reasons": self.reasons(), "step": step}
 
-    @rule(healthy=st.sampled_from([True, True, True, False]), step=st.integers(0, 1000))
-    def step(self, healthy: bool, step: int) -> None:
+    @rule(healthy=st.sampled_from([True, True, True, False, None]), step=st.integers(0, 1000))
+    def step(self, healthy: bool | None, step: int) -> None:
         before = len(self.events)
         self.mode.note_step(healthy, step)
         if not self.story:
             assert len(self.events) == before
             return
         self.story.append(healthy)
-        stretch = self.story[-HEALTHY_STEPS:]
+        stretch = [part for part in self.story if part is not None][-HEALTHY_STEPS:]
+        if healthy is None:
+            stretch = []
         leaves = stretch == [True] * HEALTHY_STEPS and not any(self.holds)
         assert len(self.events) - before == leaves
         if leaves:
             name, data = self.events[-1]
             assert name == "conservative_mode_left"
             assert data["reasons"] == self.reasons()
-            assert data["steps"] == sum(isinstance(part, bool) for part in self.story)
+            assert data["steps"] == sum(not isinstance(part, str) for part in self.story)
             self.left += 1
             self.story = []
 

@@ -51,7 +51,7 @@ def test_entering_announces_the_reason() -> None:
     (event,) = place.events
     assert (event.name, event.level) == ("conservative_mode_entered", Level.WARNING)
     assert "rollback at step 41" in event.message
-    assert "until 5 steps in a row are healthy" in event.message
+    assert "until 5 steps are healthy" in event.message
     assert event.data == {
         "reason": "rollback at step 41",
         "reasons": ["rollback at step 41"],

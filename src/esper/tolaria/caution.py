@@ -38,6 +38,7 @@ class Caution:
 
     def note(self, verdict: Verdict) -> None:
         """Count the step that has just been decided."""
-        healthy = verdict.action is Action.COMMIT and not verdict.suspicious
+        committed = verdict.action is Action.COMMIT
+        healthy = None if committed and verdict.suspicious else committed
         self.mode.note_step(healthy, self._progress.step)
         self._guard.strictness = self.mode.guard_factor

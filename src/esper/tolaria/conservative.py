@@ -63,22 +63,25 @@ class ConservativeMode:
         self._reasons.append(reason)
         message = (
             f"conservative mode: {reason}; no growth, no higher learning rate and a stricter guard "
-            f"until {self._config.healthy_steps} steps in a row are healthy"
+            f"until {self._config.healthy_steps} steps are healthy"
         )
         data = {"reason": reason, "reasons": list(self._reasons), "step": step}
         self._announce("conservative_mode_entered", message, Level.WARNING, data)
 
-    def note_step(self, healthy: bool, step: int) -> None:
-        """Count one step; leave the mode when enough in a row were healthy and nothing holds it.
+    def note_step(self, healthy: bool | None, step: int) -> None:
+        """Count one step; leave the mode after enough healthy ones, once nothing holds it.
 
         Steps are counted by calls: their indices may jump back after a rollback.
 
-        :param healthy: False when the guard doubts it.
+        :param healthy: False when the guard did not let it pass, which starts the count anew; None
+            when it did with doubts, which does not count: single losses that are high are common.
         :param step: its index.
         """
         if not self.active:
             return
         self._lasted += 1
+        if healthy is None:
+            return
         self._streak = self._streak + 1 if healthy else 0
         if self._streak >= self._config.healthy_steps and not self._held():
             self._leave(step)
