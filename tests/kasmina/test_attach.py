@@ -213,3 +213,48 @@ def test_a_fused_path_that_goes_round_a_layer_is_noticed() -> None:
     encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     with pytest.raises(GrowthError, match="does not call it"):
         attach(nn.Sequential(encoder), "0.linear1", torch.randn(2, 3, 8))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "shared"),
+    [
+        ("0>2", "2>4", "2"),
+        ("2>4", "0>2", "2"),
+        ("0>2", "0", "0"),
+        ("0", "0>2", "0"),
+        ("0>2", "1", "1"),
+        ("1", "0>2", "1"),
+        ("0>4", "2>6", "2"),
+        ("2>6", "0>4", "2"),
+        ("0>4", "1>2", "1"),
+    ],
+)
+def test_a_pair_shares_no_layer_with_another_slot(first: str, second: str, shared: str) -> None:
+    layers = [nn.Linear(4, 4) if index % 2 == 0 else nn.ReLU() for index in range(7)]
+    model, sample = nn.Sequential(*layers), torch.randn(3, 4)
+    attach(model, first, sample)
+    kinds = [type(module) for module in model]
+    reason = f"slot '{second}' and slot '{first}' share '{shared}'"
+    with pytest.raises(GrowthError, match=reason):
+        attach(model, second, sample)
+    assert [type(module) for module in model] == kinds
+    assert slots_of(model).keys() == {first}
+
+
+def test_slots_beside_a_pair_and_around_it_are_no_trouble() -> None:
+    body = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model, sample = nn.Sequential(Wrapped(body), nn.ReLU()), torch.randn(3, 4)
+    before = model(sample)
+    for name in ("0.body.0>0.body.2", "0.body.3", "0.body.4", "0", "1"):
+        attach(model, name, sample)
+    assert len(slots_of(model)) == 5
+    assert torch.equal(model(sample), before)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)

@@ -118,6 +118,29 @@ def test_gates_refuse_and_say_what_they_measured() -> None:
     assert loop.kasmina.stages[SLOT] is Stage.TRAINING
 
 
+@pytest.mark.parametrize("until", [Stage.TRAINING, Stage.BLENDING, Stage.HOLDING])
+def test_growth_can_be_ended_at_any_time_without_a_change_of_outputs(until: Stage) -> None:
+    loop = Loop(["trunk.6", "head"], config=QUICK.model_copy(update={"ramp_steps": 30}))
+    loop.plant("head")
+    loop.plant()
+    for _ in range(40):
+        if loop.kasmina.stages[SLOT] is until:
+            break
+        loop.step(10)
+        loop.survey()
+        loop.ask(ADVANCE)
+    loop.step(10 if until is Stage.BLENDING else 0)
+    assert loop.kasmina.stages[SLOT] is until
+    loop.model.eval()
+    with torch.no_grad():
+        before = loop.model(batch(5)[0])
+        model = loop.kasmina.finish()
+        torch.testing.assert_close(model(batch(5)[0]), before)
+    assert model is loop.model
+    assert not slots_of(model)
+    assert loop.kasmina.stages["head"] is Stage.CULLED
+
+
 def test_a_budget_of_parameters_is_kept() -> None:
     model_size = sum(p.numel() for p in Images().parameters())
     loop = Loop(config=GrowthConfig(max_parameters=model_size + 10))
@@ -148,6 +171,29 @@ def test_a_culled_seed_leaves_nothing_and_the_slot_waits() -> None:
     order = [s for s, after in zip(stages, [*stages[1:], None], strict=True) if s is not after]
     assert order == [Stage.EMBARGOED, Stage.RESETTING, Stage.DORMANT]
     assert loop.plant().applied
+
+
+def test_a_seed_that_the_model_relies_on_fades_out_before_it_is_culled() -> None:
+    loop = Loop()
+    loop.plant()
+    loop.blend()
+    loop.survey()
+    slot = slots_of(loop.model)[SLOT]
+    report = loop.ask(SeedOperation.CULL)
+    assert (report.before, report.after) == (Stage.HOLDING, Stage.BLENDING)
+    assert loop.survey().seeds[SLOT].fading
+    for operation in (ADVANCE, SeedOperation.HOLD, SeedOperation.CULL):
+        assert "fades out" in loop.ask(operation).detail
+    shares = []
+    reports = []
+    while loop.kasmina.stages[SLOT] is Stage.BLENDING:
+        shares.append(float(slot.alpha))
+        reports += loop.step()
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] == 1.0
+    assert shares[-1] < 0.3
+    assert reports[0].after is Stage.CULLED
+    assert len(loop.optimizer.param_groups) == 1
 
 
 def test_shares_are_counted_in_optimizer_steps_and_retargeted_from_holding_only() -> None:
@@ -248,6 +294,17 @@ def test_with_a_key_only_signed_commands_are_carried_out(monkeypatch: pytest.Mon
     altered = msgspec.structs.replace(signed, blueprint="low_rank")
     assert "not signed" in loop.kasmina.apply(altered).detail
     assert loop.kasmina.apply(signed).applied
+
+
+def test_slots_are_attached_all_or_none() -> None:
+    model = Images()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(GrowthError, match="no module 'tail'"):
+        Kasmina(model, optimizer, slots=["head", "tail"], sample=batch()[0])
+    with pytest.raises(GrowthError, match="has a slot already"):
+        Kasmina(model, optimizer, slots=["trunk", "trunk.6"], sample=batch()[0])
+    assert not slots_of(model)
+    assert type(model.trunk[6]) is nn.ReLU
 
 
 def test_an_unknown_blueprint_changes_nothing() -> None:

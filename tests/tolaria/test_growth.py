@@ -236,7 +236,7 @@ def test_kills_in_the_middle_of_growth_lose_nothing(tmp_path: Path) -> None:
         if (tmp_path / "killed" / "weights.pt").exists():
             break
     else:
-        pytest.fail(f"the run never ended in 60 lives")
+        pytest.fail("the run never ended in 60 lives")
     assert kills >= 2
     found = torch.load(tmp_path / "killed" / "weights.pt")
     assert found.keys() == expected.keys()

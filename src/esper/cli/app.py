@@ -1,6 +1,7 @@
 """The ``esper`` command and what it can do."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -216,6 +217,45 @@ def config_show(
 
 RunArgument = Annotated[str, typer.Argument(help="Path of a run, or its name.")]
 IncidentArgument = Annotated[str, typer.Argument(help="Name of the incident, or its number.")]
+
+
+_EXPORT_EPILOG = """[bold]Examples[/]
+
+esper export runs/20261124-101500-digits       model.py and weights, torch.export, ONNX
+
+esper export RUN --format safetensors --directory reader
+"""
+
+
+@app.command(epilog=_EXPORT_EPILOG)
+def export(
+    run: RunArgument,
+    directory: Annotated[
+        Path | None, typer.Option(help="To make; RUN/export by default.", show_default=False)
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="safetensors, torch or onnx; may be repeated."),
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="Of the checkpoint; the newest one.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    runs: RunsOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Write the model of a run so that it can be used where Esper is not installed.
+
+    Seeds that the model contains are folded into plain modules. Every form is loaded again and its
+    outputs are compared with the model's. The job is built anew, from the working directory that
+    the run was started in.
+    """
+    from esper.cli.export import export_run
+
+    sys.exit(
+        guarded(
+            lambda: export_run(run, runs, directory, formats, step=step, overwrite=overwrite),
+            debug=debug,
+        )
+    )
 
 
 @incident_app.command(

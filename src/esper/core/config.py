@@ -222,7 +222,8 @@ class ConservativeConfig(Section):
     """How the engine stops taking risks after trouble, until training is healthy again."""
 
     healthy_steps: PositiveInt = Field(
-        200, description="Healthy steps, none refused in between, after which conservative mode is left."
+        200,
+        description="Healthy steps, none refused between, after which conservative mode is left.",
     )
     guard_factor: float = Field(
         0.9, gt=0, le=1, description="The guard's thresholds are multiplied by this meanwhile."

@@ -4,8 +4,11 @@ Images of scikit-learn's bundled digits (real scans, 8 by 8 pixels) are laid ove
 pairs, one shifted up and left, one down and right. One small convolutional trunk with two heads has
 to name both. The two tasks want different things of the trunk, so that their gradients conflict.
 Training and validation pairs are made of different scans.
+
+The network begins too small, and grows while it trains where Tamiyo's rules find that it pays.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,19 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from esper.leyline import JobError
+from esper.kasmina import Kasmina
+from esper.leyline import (
+    AdaptationCommand,
+    Explanation,
+    JobError,
+    NoChange,
+    Planting,
+    SeedCommand,
+    SeedOperation,
+    Stage,
+    SystemState,
+)
+from esper.tamiyo import RulesPolicy
 from esper.tolaria.job import TrainingJob
 
 CANVAS = 12
@@ -25,6 +40,13 @@ VALIDATION_SHARE = 0.25
 BATCH_SIZE = 64
 DATA_SEED = 7
 DECAY_STEPS = 2800
+# Channels of the first convolution, and features that both heads read.
+SMALL = (3, 12)
+LARGE = (6, 24)
+POOR_SEED_EPOCH = 5
+POOR_SLOT = "trunk.9"
+SLOTS = ("trunk.1", "trunk.3>trunk.8", "trunk.9")
+BLUEPRINTS = ("conv", "depthwise", "squeeze_excite", "widen", "mlp")
 
 
 class TwoDigitReader(nn.Module):
@@ -61,13 +83,85 @@ class TwoDigitReader(nn.Module):
         return {"left": self.left(features), "right": self.right(features)}
 
 
+class WithPoorSeed:
+    """Plants one seed that can hardly gain, to be watched as it is culled.
+
+    Both heads are linear: what a linear seed adds to their input they could learn without.
+
+    :param policy: decides about everything else.
+    """
+
+    mode = "wait"
+    isolation = "thread"
+
+    def __init__(self, policy: RulesPolicy) -> None:
+        self._policy = policy
+        self._planted = False
+
+    def decide(self, state: SystemState) -> AdaptationCommand:
+        """Answer as the other policy does, but once, when that would change nothing."""
+        command = self._policy.decide(state)
+        if not isinstance(command, NoChange) or self._planted or not _has_room(state):
+            return command
+        self._planted = True
+        reason = "a poor seed is planted on purpose: what follows it is linear, too"
+        told = Explanation("demonstration", reason, otherwise="it is done once")
+        return SeedCommand(
+            POOR_SLOT, SeedOperation.GERMINATE, "low_rank", Planting({"rank": 1}), explanation=told
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the other policy's state, and whether the seed was planted."""
+        return {"policy": self._policy.state_dict(), "planted": self._planted}
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
+        """Continue from :meth:`state_dict`."""
+        self._policy.load_state_dict(state_dict["policy"])
+        self._planted = state_dict["planted"]
+
+
+def _has_room(state: SystemState) -> bool:
+    if state.growth is None or state.epoch < POOR_SEED_EPOCH:
+        return False
+    return state.growth.seeds[POOR_SLOT].stage is Stage.DORMANT
+
+
 def build() -> TrainingJob:
-    """Return the job. The model is initialised from torch's global generator.
+    """Return the job with a model that grows, initialised from torch's global generator.
 
     :raises JobError: scikit-learn is not installed.
     """
+    job = build_small()
+    images = job.data[: job.batch_size][0]  # type: ignore[index]
+    kasmina = Kasmina(
+        job.model,
+        job.optimizer,
+        slots=SLOTS,
+        sample=images,
+        scheduler=job.scheduler,
+        blueprints=BLUEPRINTS,
+    )
+    return replace(job, policy=WithPoorSeed(RulesPolicy()), executor=kasmina)
+
+
+def build_small() -> TrainingJob:
+    """Return the job with the model that :func:`build` begins with, and which stays so.
+
+    :raises JobError: scikit-learn is not installed.
+    """
+    return _static(TwoDigitReader(*SMALL))
+
+
+def build_large() -> TrainingJob:
+    """Return the job with a model that has more parameters from the start than growth ends with.
+
+    :raises JobError: scikit-learn is not installed.
+    """
+    return _static(TwoDigitReader(*LARGE))
+
+
+def _static(model: TwoDigitReader) -> TrainingJob:
     training, validation = overlaid_digits()
-    model = TwoDigitReader()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
     return TrainingJob(
         model=model,

@@ -102,6 +102,7 @@ def attach_at(model: nn.Module, site: Site, probe: Probe, channel_dim: int | Non
     if site.first:
         pair = _pair(model, site, probe, target)
         tap = Tap()
+    _require_apart(model, site.name, target, pair)
     channel_dim = channel_dim or _channel_dim(target, output)
     flow = Flow(shape, output.dtype, output.device, channel_dim, pair)
     slot = Slot(site.name, flow, tap)
@@ -124,6 +125,28 @@ def put_on(model: nn.Module, site: Site, slot: Slot) -> None:
     graft(module_at(model, site.path), slot)
     if slot.tap is not None:
         graft_tap(module_at(model, site.first), slot.tap)
+
+
+def _require_apart(model: nn.Module, name: str, target: nn.Module, pair: Pair | None) -> None:
+    """Refuse a slot at layers that folding another one would put others in the place of."""
+    ours = _touched(target, pair)
+    for module in model.modules():
+        slot = slot_of(module)
+        if slot is None or (pair is None and slot.flow.pair is None):
+            continue
+        shared = ours & _touched(module, slot.flow.pair)
+        paths = [path for path, m in model.named_modules() if m in shared]
+        if paths:
+            raise GrowthError(
+                f"slot {name!r} and slot {slot.name!r} share {paths[0]!r}, which a pair replaces "
+                "when it is folded; give slots that have no layer in common"
+            )
+
+
+def _touched(target: nn.Module, pair: Pair | None) -> set[nn.Module]:
+    if pair is None:
+        return {target}
+    return {m for part in (pair.first, *pair.between, pair.second) for m in part.modules()}
 
 
 def _pair(model: nn.Module, site: Site, probe: Probe, second: nn.Module) -> Pair:

@@ -19,6 +19,7 @@ from esper.kasmina.garden import Garden, Loss
 from esper.kasmina.lifecycle import LIVE
 from esper.kasmina.operations import Operations
 from esper.kasmina.probe import Probe, Sample
+from esper.kasmina.reports import refused
 from esper.kasmina.shadow import Losses, ShadowTraining
 from esper.kasmina.slot import Slot
 from esper.kasmina.structure import Architecture, GroupOptions, live_flow
@@ -140,7 +141,7 @@ class Kasmina:
         refusal = self._admission.refusal(command, self.version)
         self._shadow.replay.stop()
         report = (
-            self._operations.refused(command, refusal)
+            refused(self._garden, command, refusal)
             if refusal
             else self._operations.carry_out(command)
         )
@@ -195,6 +196,16 @@ class Kasmina:
         self._shadow.replay.stop()
         self._architecture.close()
         return self._model
+
+    def finish(self) -> nn.Module:
+        """End growth: fold the seeds that the model contains, remove the others and all slots.
+
+        :returns: the model, of plain modules, with the outputs that it had.
+        :raises GrowthError: a fold would change the outputs beyond the tolerance.
+        """
+        self._shadow.replay.stop()
+        self._operations.finish()
+        return self.release()
 
     def structure(self) -> dict[str, Any]:
         """Return how the model was changed so far, of JSON types."""

@@ -106,6 +106,11 @@ def _fold_pair(
 def _carry(folding: Folding, replaced: Mapping[Tensor, Tensor], undo: Undoing) -> None:
     """Let the optimizer train the new parameters where it trained the old ones."""
     trained = {id(p) for group in folding.optimizer.param_groups for p in group["params"]}
+    present = {id(parameter) for parameter in folding.model.parameters()}
+    if any(id(old) in present for old in replaced):
+        raise GrowthError(
+            f"a weight that seed {folding.site.name!r} would be folded into is used elsewhere, too"
+        )
     pairs = [(old, new) for old, new in replaced.items() if id(old) in trained]
     if pairs:
         undo.append(folding.surgeon.replace_parameters(pairs).undo)

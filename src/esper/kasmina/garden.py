@@ -86,9 +86,9 @@ class Garden:
                 life.gain = self.found.gains[name]
 
     def pull(self, name: str) -> tuple[Any, Any]:
-        """Return output and loss gradient at a slot on a held-out batch.
+        """Return a seed's input and the loss gradient at its slot's output, on a held-out batch.
 
-        :raises GrowthError: nothing was measured yet.
+        :raises GrowthError: nothing was measured yet, or the loss has no gradient there.
         """
         if self._held is None:
             raise GrowthError("this initialiser needs held-out data; call survey() before")
@@ -162,6 +162,7 @@ class Garden:
             flops=self._flops(name) if seeded else None,
             residual=life.residual,
             gain=life.gain,
+            fading=life.fading,
             embargo_left=max(0, config.embargo_steps - age) if embargoed else 0,
             offers=offered,
         )

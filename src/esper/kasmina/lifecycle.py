@@ -31,6 +31,7 @@ class Life(msgspec.Struct):
     :ivar planting: how.
     :ivar ramp: the last one that began.
     :ivar ramp_began: optimizer step at which it did.
+    :ivar fading: whether it is being culled: its share goes to zero first.
     :ivar gain: measured last.
     :ivar residual: measured last.
     :ivar nonfinite: shadow steps in a row that gave no finite gradient.
@@ -43,6 +44,7 @@ class Life(msgspec.Struct):
     planting: Planting = Planting()
     ramp: Ramp | None = None
     ramp_began: int = 0
+    fading: bool = False
     gain: Gain | None = None
     residual: float | None = None
     nonfinite: int = 0
@@ -59,6 +61,8 @@ class Life(msgspec.Struct):
         before, self.stage, self.since = self.stage, stage, clock
         if stage is Stage.DORMANT:
             self.blueprint, self.planting, self.ramp = "", Planting(), None
+        if stage is Stage.CULLED:
+            self.fading = False
         if before in BLENDED or stage in BLENDED or stage is Stage.DORMANT:
             # Measured of another course of the forward pass.
             self.gain = None
@@ -88,6 +92,7 @@ class Life(msgspec.Struct):
                 if self.ramp is None
                 else [self.ramp.start, self.ramp.target, self.ramp.steps, str(self.ramp.curve)],
                 "ramp_began": self.ramp_began,
+                "fading": self.fading,
                 "gain": self.gain,
                 "residual": self.residual,
                 "nonfinite": self.nonfinite,
@@ -107,6 +112,7 @@ class Life(msgspec.Struct):
             planting=msgspec.convert(saved["planting"], Planting),
             ramp=None if ramp is None else Ramp(*ramp),
             ramp_began=saved["ramp_began"],
+            fading=saved["fading"],
             gain=None if saved["gain"] is None else msgspec.convert(saved["gain"], Gain),
             residual=saved["residual"],
             nonfinite=saved["nonfinite"],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from esper.kasmina.probe import quietly
 from esper.kasmina.shadow import Losses, total_of
 from esper.kasmina.slot import Passage, Slot
-from esper.leyline import Gain
+from esper.leyline import Gain, GrowthError
 
 Loss = Callable[[Any], Losses]
 # Two-sided 95 % quantiles of Student's t by degrees of freedom.
@@ -63,38 +63,47 @@ def survey(
             for task, value in by_task.items():
                 losses.setdefault(task, []).append(value)
             base = sum(by_task.values())
-            for name in apart:
-                with slots[name].passing(Passage.SHADOW):
-                    differences[name].append(base - float(total_of(loss(batch))))
-            for name in blended:
-                with slots[name].passing(Passage.HOST):
-                    differences[name].append(float(total_of(loss(batch))) - base)
+            for name, values in differences.items():
+                passage = Passage.SHADOW if name in apart else Passage.HOST
+                with slots[name].passing(passage):
+                    change = base - float(total_of(loss(batch)))
+                values.append(change if name in apart else -change)
         found.residuals = _residuals(loss, batches[0], slots)
     found.held_out = {task: sum(values) / len(values) for task, values in losses.items()}
-    found.gains = {name: gain_of(values) for name, values in differences.items()}
+    # One pair tells nothing of how sure it is, and what is not finite was not measured.
+    found.gains = {
+        name: gain_of(values)
+        for name, values in differences.items()
+        if len(values) > 1 and all(map(math.isfinite, values))
+    }
     return found
 
 
 def gain_of(differences: Sequence[float]) -> Gain:
-    """Return mean and 95 % confidence interval (Student's t) of paired differences."""
+    """Return mean and 95 % confidence interval (Student's t) of two or more paired differences."""
     count = len(differences)
     mean = sum(differences) / count
-    if count < 2:
-        return Gain(mean, -math.inf, math.inf, count)
     variance = sum((value - mean) ** 2 for value in differences) / (count - 1)
     reach = _quantile(count - 1) * math.sqrt(variance / count)
     return Gain(mean, mean - reach, mean + reach, count)
 
 
 def gradient_at(loss: Loss, batch: Any, slot: Slot) -> tuple[Tensor, Tensor]:  # noqa: ANN401
-    """Return the output at a slot and the loss's gradient there, both of the output's shape."""
+    """Return what a seed in a slot would be given, and the loss's gradient at the slot's output.
+
+    :raises GrowthError: the loss has no gradient there.
+    """
     with torch.enable_grad(), slot.watched():
+        if slot.tap is not None:
+            slot.tap.open = True
         total = total_of(loss(batch))
-        seen = slot.seen
-        if seen is None or not seen.requires_grad:
-            return torch.zeros(()), torch.zeros(())
-        (gradient,) = torch.autograd.grad(total, seen)
-        return seen.detach(), gradient
+        seen, gradient = slot.seen, None
+        if seen is not None and seen.requires_grad and total.requires_grad:
+            (gradient,) = torch.autograd.grad(total, seen, allow_unused=True)
+        if seen is None or gradient is None:
+            raise GrowthError(f"no gradient of the loss gets to slot {slot.name!r}; use 'zero_out'")
+        source = seen if slot.tap is None else slot.tap.take()
+    return source.detach(), gradient
 
 
 def _residuals(loss: Loss, batch: Any, slots: Mapping[str, Slot]) -> dict[str, float]:  # noqa: ANN401

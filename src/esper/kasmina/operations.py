@@ -9,9 +9,10 @@ from esper.core.config import GrowthConfig
 from esper.kasmina import gates
 from esper.kasmina.blueprints import get, initialise, needs_gradient
 from esper.kasmina.garden import Garden
-from esper.kasmina.lifecycle import LIVE
+from esper.kasmina.lifecycle import BLENDED, LIVE
 from esper.kasmina.probe import Probe
 from esper.kasmina.ramp import Ramp
+from esper.kasmina.reports import done, refused
 from esper.kasmina.slot import Passage
 from esper.kasmina.structure import Fold, Plant, Uproot, live_flow, seed_of_change
 from esper.leyline import (
@@ -23,9 +24,6 @@ from esper.leyline import (
     SeedOperation,
     Stage,
 )
-
-_TAG = "seed"
-_ENGINE = "engine"
 
 
 class RefusedError(GrowthError):
@@ -57,7 +55,7 @@ class Operations:
             SeedOperation.ADVANCE: lambda command: self._advance(command.seed),
             SeedOperation.HOLD: self._hold,
             SeedOperation.RETARGET: self._retarget,
-            SeedOperation.CULL: lambda command: self._cull(command.seed),
+            SeedOperation.CULL: lambda command: self._fade(command.seed),
         }
 
     def carry_out(self, command: SeedCommand) -> FieldReport:
@@ -65,41 +63,21 @@ class Operations:
         life = self._garden.lives.get(command.seed)
         if life is None:
             known = ", ".join(map(repr, self._garden.lives)) or "none"
-            return self.refused(command, f"there is no slot {command.seed!r}; there are: {known}")
+            return refused(
+                self._garden, command, f"there is no slot {command.seed!r}; there are: {known}"
+            )
+        if life.fading:
+            return refused(self._garden, command, "it is being culled and fades out")
         before, blueprint = life.stage, life.blueprint or command.blueprint
         try:
             results = self._operations[command.operation](command)
         except RefusedError as refusal:
-            return self.refused(command, str(refusal), refusal.results, blueprint)
+            return refused(self._garden, command, str(refusal), refusal.results, blueprint)
         except GrowthError as error:
-            return self.refused(command, str(error), blueprint=blueprint)
+            return refused(self._garden, command, str(error), blueprint=blueprint)
         finally:
             self._garden.resettle()
-        return self._report(command.seed, before, results, blueprint, command)
-
-    def refused(
-        self,
-        command: SeedCommand,
-        reason: str,
-        results: list[GateResult] | None = None,
-        blueprint: str = "",
-    ) -> FieldReport:
-        """Return the report of a command that is not carried out."""
-        life = self._garden.lives.get(command.seed)
-        stage = None if life is None else life.stage
-        return FieldReport(
-            _TAG,
-            applied=False,
-            detail=f"{command.operation} seed {command.seed!r} refused: {reason}",
-            id=command.id,
-            seed=command.seed,
-            operation=command.operation.value,
-            blueprint=blueprint or command.blueprint,
-            before=stage,
-            after=stage,
-            version=self._architecture.version,
-            gates=results or [],
-        )
+        return done(self._garden, command.seed, before, results, blueprint, command)
 
     def settle(self) -> list[FieldReport]:
         """Let stages follow that follow by themselves; return what came of it."""
@@ -109,8 +87,24 @@ class Operations:
             results = self._follow(name)
             if life.stage is not before:
                 self._garden.resettle()
-                reports.append(self._report(name, before, results, blueprint))
+                reports.append(done(self._garden, name, before, results, blueprint))
         return reports
+
+    def finish(self) -> None:
+        """Fold every seed that the model contains, at its share; remove the others.
+
+        :raises GrowthError: a fold would change the model's outputs.
+        """
+        garden = self._garden
+        for name, life in garden.lives.items():
+            if life.stage in BLENDED:
+                self._fold(name, life.alpha(garden.clock), reopened=False, earlier=[])
+                if life.stage is Stage.BLENDING:
+                    life.go(Stage.HOLDING, garden.clock)
+                life.go(Stage.FOSSILISED, garden.clock)
+            elif life.stage in LIVE:
+                self._cull(name)
+        garden.resettle()
 
     def _follow(self, name: str) -> list[GateResult]:
         garden, life = self._garden, self._garden.lives[name]
@@ -121,6 +115,8 @@ class Operations:
             self._cull(name)
             reason = f"no finite gradient in {self.config.nonfinite_patience} steps in a row"
             return [GateResult(Gate.G1, False, reason)]
+        elif life.fading and life.ramp_ended(clock):
+            self._cull(name)
         elif life.stage is Stage.BLENDING:
             result = gates.settled(life, garden.slot(name).seed, clock)
             if result.passed:
@@ -199,17 +195,22 @@ class Operations:
         alpha = life.alpha(garden.clock)
         results = [_require(gates.worthwhile(life, alpha))]
         reopened = life.growths + 1 < self.config.growths_per_slot
+        results.append(self._fold(name, alpha, reopened=reopened, earlier=results))
+        life.go(Stage.FOSSILISED, garden.clock)
+        life.growths += 1
+        return results
+
+    def _fold(
+        self, name: str, alpha: float, *, reopened: bool, earlier: list[GateResult]
+    ) -> GateResult:
         before = self._probe.outputs()
         self._architecture.make(Fold(name, alpha, reopened))
         try:
             result = gates.same(before, self._probe.outputs(), self.config.fold_tolerance)
-            results.append(_require(result, results))
+            return _require(result, earlier)
         except BaseException:
             self._architecture.take_back()
             raise
-        life.go(Stage.FOSSILISED, garden.clock)
-        life.growths += 1
-        return results
 
     def _hold(self, command: SeedCommand) -> list[GateResult]:
         garden, life = self._garden, self._garden.lives[command.seed]
@@ -231,6 +232,18 @@ class Operations:
         self._start_ramp(command.seed, alpha, command.target)
         return []
 
+    def _fade(self, name: str) -> list[GateResult]:
+        """Cull a seed; one that the model relies on lets go of it step by step first."""
+        garden, life = self._garden, self._garden.lives[name]
+        alpha = life.alpha(garden.clock) if life.stage in BLENDED else 0.0
+        if alpha == 0.0 or not gates.is_finite(garden.slot(name).seed):
+            return self._cull(name)
+        if life.stage is Stage.HOLDING:
+            life.go(Stage.BLENDING, garden.clock)
+        self._start_ramp(name, alpha, 0.0)
+        life.fading = True
+        return []
+
     def _cull(self, name: str) -> list[GateResult]:
         life = self._garden.lives[name]
         if life.stage not in LIVE:
@@ -250,31 +263,6 @@ class Operations:
         if needs_gradient(initialiser):
             inputs, gradient = self._garden.pull(name)
         return partial(_initialise, initialiser, inputs, gradient)
-
-    def _report(
-        self,
-        name: str,
-        before: Stage,
-        results: list[GateResult],
-        blueprint: str,
-        command: SeedCommand | None = None,
-    ) -> FieldReport:
-        after = self._garden.lives[name].stage
-        told = "; ".join(result.reason for result in results)
-        return FieldReport(
-            _TAG if command else _ENGINE,
-            applied=True,
-            detail=f"seed {name!r} ({blueprint}): {before} -> {after}"
-            + (f"; {told}" if told else ""),
-            id=command.id if command else "",
-            seed=name,
-            operation=command.operation.value if command else "",
-            blueprint=blueprint,
-            before=before,
-            after=after,
-            version=self._architecture.version,
-            gates=results,
-        )
 
 
 def _require(result: GateResult, earlier: list[GateResult] | None = None) -> GateResult:

@@ -97,7 +97,8 @@ class Slot(nn.Module):
         :param output: of the module, as it would be without the slot.
         """
         if self.watching:
-            self.seen = output
+            # What comes next may change its input in place.
+            self.seen, output = output, output.clone()
         if self.passage is Passage.HOST:
             return output
         source = output if self.tap is None else self.tap.take()

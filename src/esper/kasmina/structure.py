@@ -7,6 +7,7 @@ values, and whoever rebuilds an architecture restores the weights afterwards.
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -100,7 +101,11 @@ class Architecture:
     ) -> None:
         self.version = 0
         self.sites = sites
-        self.slots = {name: open_slot(site) for name, site in sites.items()}
+        self.slots: dict[str, Slot] = {}
+        with whole() as undo:
+            for name, site in sites.items():
+                self.slots[name] = open_slot(site)
+                undo.append(partial(_close, model, site))
         self._model = model
         self._optimizer = optimizer
         self._surgeon = surgeon
@@ -252,6 +257,10 @@ def live_flow(slot: Slot) -> Flow:
 def seed_of_change(slot: str, version: int) -> int:
     """Return where a new seed's random numbers begin: the run's own, but drawn from no stream."""
     return zlib.crc32(f"{slot}/{version}/{torch.initial_seed()}".encode())
+
+
+def _close(model: nn.Module, site: Site) -> None:
+    take_off(model, site)
 
 
 def _group(name: str) -> str:

@@ -49,7 +49,7 @@ class SeedOperation(StrEnum):
 
     ``germinate`` puts a blueprint into a dormant slot. ``advance`` asks for the next stage, whose
     gate decides. ``hold`` stops a ramp where it is; ``retarget`` starts one from there. ``cull``
-    removes the seed.
+    removes the seed; one that the model contains fades out first.
     """
 
     GERMINATE = "germinate"

@@ -93,6 +93,7 @@ class SeedState(msgspec.Struct, frozen=True, omit_defaults=True):
         on held-out data: how much there is to gain here, to first order.
     :param gain: below ``blending``, what the fully blended seed would gain, measured beside the
         model; from then on what it does gain, alpha as it is against alpha 0.
+    :param fading: whether it is being culled, its share on the way to zero.
     :param embargo_left: optimizer steps until something may germinate here again.
     :param offers: what may germinate here, by blueprint.
     """
@@ -105,6 +106,7 @@ class SeedState(msgspec.Struct, frozen=True, omit_defaults=True):
     flops: float | None = None
     residual: float | None = None
     gain: Gain | None = None
+    fading: bool = False
     embargo_left: int = 0
     offers: dict[str, Offer] = {}
 

@@ -72,7 +72,7 @@ class Assembly:
     boundary: Boundary
     log: RecoveryLog
     plan: DataPlan
-    validation: DataPlan | None
+    evaluation: Evaluation
 
 
 def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings) -> Assembly:
@@ -126,7 +126,7 @@ def assemble(job: TrainingJob, config: TolariaConfig, surroundings: Surroundings
         ending=ending,
     )
     parts = Assembly(
-        run, state, hub, rollback, companions, outside, caution, boundary, log, plan, evaluation.plan
+        run, state, hub, rollback, companions, outside, caution, boundary, log, plan, evaluation
     )
     _register_state(parts, recovery)
     _declare_changes(parts, config.guard)

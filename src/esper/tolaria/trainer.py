@@ -242,7 +242,7 @@ class TolariaTrainer:
         if self._resumed_from is not None:
             message = f"resumed from the checkpoint of step {self._resumed_from}"
             recorder.event("run_resumed", message, from_step=self._resumed_from)
-        plan, validation = self._parts.plan, self._parts.validation
+        plan, validation = self._parts.plan, self._parts.evaluation.plan
         directory = self._surroundings.directory
         parameters = sum(parameter.numel() for parameter in job.model.parameters())
         recorder.event(

@@ -1,6 +1,7 @@
 """What a blueprint is: it builds seeds for what flows through a slot, and folds them away."""
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -10,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from esper.kasmina.blueprints.plain import AddBlend, Blend, Grown, Residual
+from esper.kasmina.blueprints.layers import LINEAR
+from esper.kasmina.blueprints.plain import AddBlend, Blend, FeaturesTo, Grown, Residual, Seed
 from esper.leyline import GrowthError
 
 Value = int | float | str
@@ -86,7 +88,10 @@ class Blueprint(ABC):
 
     @abstractmethod
     def make(self, flow: Flow, arguments: dict[str, Any]) -> nn.Module:
-        """Return a seed on the CPU; :meth:`build` has checked the arguments."""
+        """Return a seed; :meth:`build` has checked the arguments and moves it to its place.
+
+        It names no device: where a seed is only priced, none of it is to take memory.
+        """
 
     def build(self, flow: Flow, **arguments: Value) -> nn.Module:
         """Return a seed: it maps the slot's source to a tensor of the flow's shape.
@@ -97,7 +102,17 @@ class Blueprint(ABC):
         problem = self.fits(flow)
         if problem:
             raise GrowthError(f"blueprint {self.name!r} does not fit: {problem}")
-        return self.make(flow, self._complete(arguments)).to(flow.device, flow.dtype)
+        complete = self._complete(arguments)
+        try:
+            seed = self.make(flow, complete)
+        except GrowthError:
+            raise
+        except Exception as error:  # whatever a package's own code may raise
+            raise GrowthError(
+                f"blueprint {self.name!r} cannot build a seed for {flow.shape}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return seed.to(flow.device, flow.dtype)
 
     def fold(self, host: nn.Module, seed: nn.Module, blend: Blend, alpha: float) -> nn.Module:
         """Return plain modules that do what host and seed do together.
@@ -122,33 +137,36 @@ class Blueprint(ABC):
         raise GrowthError(f"blueprint {self.name!r} does not widen layers")
 
     def _complete(self, given: Mapping[str, Value]) -> dict[str, Any]:
-        for name, value in given.items():
-            if name not in self.defaults:
-                known = ", ".join(self.defaults) or "none"
-                raise GrowthError(
-                    f"blueprint {self.name!r} has no argument {name!r}; it has: {known}"
-                )
-            kind = type(self.defaults[name])
-            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-                raise GrowthError(
-                    f"argument {name!r} of blueprint {self.name!r} is {value!r}; "
-                    f"give a {kind.__name__}"
-                )
-            if isinstance(value, int | float) and value < 0:
-                raise GrowthError(
-                    f"argument {name!r} of blueprint {self.name!r} is {value!r}; give 0 or more"
-                )
-        return {**self.defaults, **given}
+        return {**self.defaults, **{name: self._checked(name, given[name]) for name in given}}
+
+    def _checked(self, name: str, value: Value) -> Value:
+        if name not in self.defaults:
+            known = ", ".join(self.defaults) or "none"
+            raise GrowthError(f"blueprint {self.name!r} has no argument {name!r}; it has: {known}")
+        kind = type(self.defaults[name])
+        if kind is float and type(value) is int:
+            value = float(value)
+        problem = ""
+        if type(value) is not kind:
+            problem = f"give a value of type {kind.__name__}"
+        elif not isinstance(value, str) and not 0 <= value < math.inf:
+            problem = "give 0 or more"
+        if problem:
+            raise GrowthError(
+                f"argument {name!r} of blueprint {self.name!r} is {value!r}; {problem}"
+            )
+        return value
 
 
 def scale_last(seed: nn.Module, alpha: float) -> bool:
     """Multiply a seed's output by a share, in its outgoing layer; return whether it can be."""
     last = getattr(seed, "last", None)
-    layer = getattr(last, "layer", last)
-    if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d) or hasattr(seed, "channel_dim"):
+    layer = last.layer if isinstance(last, FeaturesTo) else last
+    # Only of these is known that the output is linear in the outgoing layer's weights.
+    if type(seed) is not Seed or type(layer) not in LINEAR:
         return False
     with torch.no_grad():
-        for parameter in layer.parameters():
+        for parameter in seed.get_submodule("last").parameters():
             parameter.mul_(alpha)
     return True
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from esper.kasmina.blueprints.base import Blueprint, Flow, Value, chosen, no_pair
-from esper.kasmina.blueprints.plain import Seed, SqueezeExcite, TokenAttention, ToShapeOf
+from esper.kasmina.blueprints.plain import FeaturesTo, Seed, SqueezeExcite, TokenAttention
 from esper.leyline import GrowthError
 
 _CONVOLUTIONS = {3: nn.Conv1d, 4: nn.Conv2d}
@@ -20,8 +20,18 @@ def _no_map(flow: Flow) -> str:
     return f"{flow.shape} is no feature map: batch, channels, one or two dimensions"
 
 
+def _odd(name: str, given: int) -> int:
+    kernel = chosen(given, 3)
+    if kernel % 2 == 0:
+        raise GrowthError(
+            f"argument 'kernel' of blueprint {name!r} is {kernel}; positions stay as they are with "
+            "an odd number only"
+        )
+    return kernel
+
+
 class ConvResidual(Blueprint):
-    """Two convolutions of kernel 3 with GELU in between; positions stay as they are."""
+    """Two convolutions with GELU in between, of kernel 3 by default; positions stay as they are."""
 
     name = "conv"
     defaults: ClassVar[Mapping[str, Value]] = {"width": 0, "kernel": 3}
@@ -32,7 +42,7 @@ class ConvResidual(Blueprint):
 
     def make(self, flow: Flow, arguments: dict[str, Any]) -> nn.Module:
         """See :class:`Blueprint`."""
-        convolution, kernel = _CONVOLUTIONS[len(flow.shape)], arguments["kernel"] | 1
+        convolution, kernel = _CONVOLUTIONS[len(flow.shape)], _odd(self.name, arguments["kernel"])
         width = chosen(arguments["width"], flow.channels)
         inner = nn.Sequential(
             convolution(flow.channels, width, kernel, padding=kernel // 2), nn.GELU()
@@ -52,7 +62,7 @@ class Depthwise(Blueprint):
 
     def make(self, flow: Flow, arguments: dict[str, Any]) -> nn.Module:
         """See :class:`Blueprint`."""
-        convolution, kernel = _CONVOLUTIONS[len(flow.shape)], arguments["kernel"] | 1
+        convolution, kernel = _CONVOLUTIONS[len(flow.shape)], _odd(self.name, arguments["kernel"])
         channels = flow.channels
         inner = nn.Sequential(
             convolution(channels, channels, kernel, padding=kernel // 2, groups=channels),
@@ -100,7 +110,6 @@ class Attention(Blueprint):
                 f"argument 'heads' of blueprint 'attention' is {heads}, which does not divide "
                 f"the {features} features"
             )
-        sizes = list(flow.shape[1:])
-        del sizes[flow.channel_dim - 1 if flow.channel_dim == 1 else -1]
-        out = ToShapeOf(nn.Linear(features, features), flow.channel_dim, tuple(sizes))
-        return Seed(TokenAttention(features, heads, flow.channel_dim), out)
+        inner = TokenAttention(features, heads, flow.channel_dim)
+        out = nn.Linear(features, features)
+        return Seed(inner, out if flow.channel_dim == -1 else FeaturesTo(out, flow.channel_dim))

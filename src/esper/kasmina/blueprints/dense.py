@@ -4,9 +4,10 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from esper.kasmina.blueprints.base import Blueprint, Flow, Value, chosen, no_pair
+from esper.kasmina.blueprints.layers import blank, kind_of, peculiarity
 from esper.kasmina.blueprints.plain import AddBlend, Blend, Seed
 
 
@@ -36,22 +37,17 @@ class LowRank(Blueprint):
 
     def fold(self, host: nn.Module, seed: nn.Module, blend: Blend, alpha: float) -> nn.Module:
         """See :class:`Blueprint`: ``h + a B A h`` with ``h = W x + b`` is a linear layer."""
-        if type(host) is not nn.Linear or not isinstance(blend, AddBlend):
+        alone = kind_of(host) is nn.Linear and not peculiarity(host)
+        if not alone or not isinstance(blend, AddBlend):
             return super().fold(host, seed, blend, alpha)
-        inner, last = seed.get_submodule("inner"), seed.get_submodule("last")
-        product = alpha * (_weight(last).double() @ _weight(inner).double())
-        change = torch.eye(host.out_features, dtype=torch.float64, device=product.device) + product
-        merged = nn.Linear(
-            host.in_features,
-            host.out_features,
-            bias=host.bias is not None,
-            device=host.weight.device,
-            dtype=host.weight.dtype,
-        )
+        down, up = (seed.get_parameter(f"{name}.weight").double() for name in ("inner", "last"))
+        merged = blank(host)
         with torch.no_grad():
-            merged.weight.copy_(change @ host.weight.double())
-            if host.bias is not None:
-                merged.bias.copy_(change @ host.bias.double())
+            for name, parameter in merged.named_parameters():
+                before = host.get_parameter(name)
+                wide = before.double()
+                parameter.copy_(wide + alpha * (up @ (down @ wide)))
+                parameter.requires_grad_(before.requires_grad)
         return merged
 
 
@@ -87,7 +83,3 @@ class Mlp(Blueprint):
         width = chosen(arguments["width"], flow.channels)
         inner = nn.Sequential(nn.Linear(flow.channels, width), nn.GELU())
         return Seed(inner, nn.Linear(width, flow.channels))
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    return layer.get_parameter("weight")

@@ -16,11 +16,6 @@ class Seed(nn.Module):
         self.inner = inner
         self.last = last
 
-    def hidden(self, x: Tensor) -> Tensor:
-        """Return what the outgoing layer is given."""
-        hidden: Tensor = self.inner(x)
-        return hidden
-
     def forward(self, x: Tensor) -> Tensor:
         """Return what is added to the host's output."""
         output: Tensor = self.last(self.inner(x))
@@ -67,11 +62,9 @@ class GateBlend(Blend):
 
     def forward(self, h: Tensor, s: Tensor, alpha: Tensor) -> Tensor:
         """Return ``h + alpha * sigmoid(gate(mean of h)) * s``."""
-        pooled = h.movedim(self.channel_dim, -1)
-        if pooled.ndim > 2:
-            pooled = pooled.flatten(1, -2).mean(1)
-        share = torch.sigmoid(self.gate(pooled))
-        return h + alpha * (share.reshape(-1, *([1] * (h.ndim - 1))) * s)
+        share = alpha * torch.sigmoid(self.gate(_pooled(h, self.channel_dim))).squeeze(-1)
+        # Samples last, so that there is one number for each of them.
+        return h + (share * s.movedim(0, -1)).movedim(-1, 0)
 
 
 class ChannelBlend(Blend):
@@ -90,7 +83,7 @@ class ChannelBlend(Blend):
 
     def forward(self, h: Tensor, s: Tensor, alpha: Tensor) -> Tensor:
         """Return ``h + alpha * scale * s``."""
-        return h + alpha * (self.scale * s)
+        return h + alpha * self.scale * s
 
 
 class Residual(nn.Module):
@@ -123,9 +116,9 @@ class Grown(nn.Module):
         super().__init__()
         self.block = block
         self.blend = blend
-        weight = next(block.parameters())
-        share = torch.tensor(alpha, dtype=weight.dtype, device=weight.device)
-        self.register_buffer("alpha", share)
+        weight = next(self.parameters(), torch.empty(0))
+        # In full precision, as it was in the slot, whatever the weights have.
+        self.register_buffer("alpha", torch.tensor(alpha, device=weight.device))
 
     def forward(self, h: Tensor) -> Tensor:
         """Return host and seed, blended."""
@@ -149,34 +142,31 @@ class TokenAttention(nn.Module):
         self.qkv = nn.Linear(features, 3 * features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the tokens attend to, tokens last but one: batch by tokens by features."""
-        tokens = x.movedim(self.channel_dim, -1).flatten(1, -2)
-        batch, count, features = tokens.shape
-        split = self.qkv(self.norm(tokens)).reshape(batch, count, 3, self.heads, -1)
+        """Return what each token attends to: batch by positions, of any number, by features."""
+        spread = x.movedim(self.channel_dim, -1)
+        tokens = spread.flatten(1, -2)
+        split = self.qkv(self.norm(tokens)).unflatten(-1, (3, self.heads, -1))
         q, k, v = split.permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(q, k, v)
-        return mixed.transpose(1, 2).reshape(batch, count, features)
+        return mixed.transpose(1, 2).reshape(spread.shape)
 
 
-class ToShapeOf(nn.Module):
-    """An outgoing layer for tokens whose result takes the shape of a feature map again.
+class FeaturesTo(nn.Module):
+    """An outgoing layer over the last dimension, whose result is moved to where features belong.
 
     :param layer: from features to features.
-    :param channel_dim: where the features are.
-    :param sizes: of the positions.
+    :param channel_dim: where they belong.
     """
 
-    def __init__(self, layer: nn.Linear, channel_dim: int, sizes: tuple[int, ...]) -> None:
+    def __init__(self, layer: nn.Linear, channel_dim: int) -> None:
         super().__init__()
         self.layer = layer
         self.channel_dim = channel_dim
-        self.sizes = sizes
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return batch by tokens by features as what flows through the slot."""
-        mixed: Tensor = self.layer(tokens)
-        shaped = mixed.reshape(mixed.shape[0], *self.sizes, mixed.shape[-1])
-        return shaped.movedim(-1, self.channel_dim)
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return batch by positions by features as what flows through the slot."""
+        mixed: Tensor = self.layer(hidden)
+        return mixed.movedim(-1, self.channel_dim)
 
 
 class SqueezeExcite(nn.Module):
@@ -190,20 +180,17 @@ class SqueezeExcite(nn.Module):
     def __init__(self, channels: int, width: int, channel_dim: int) -> None:
         super().__init__()
         self.channel_dim = channel_dim
-        self.inner = nn.Sequential(nn.Linear(channels, width), nn.ReLU())
+        # Not ReLU: where there are few units, all of them may be dead from the start.
+        self.inner = nn.Sequential(nn.Linear(channels, width), nn.GELU())
         self.last = nn.Linear(width, channels)
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """Return what the outgoing layer is given: batch by width."""
-        pooled = x.movedim(self.channel_dim, -1)
-        if pooled.ndim > 2:
-            pooled = pooled.flatten(1, -2).mean(1)
-        hidden: Tensor = self.inner(pooled)
-        return hidden
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x * tanh(gain)``."""
-        gain = torch.tanh(self.last(self.hidden(x)))
-        shape = [1] * x.ndim
-        shape[0], shape[self.channel_dim] = gain.shape
-        return x * gain.reshape(shape)
+        gain = torch.tanh(self.last(self.inner(_pooled(x, self.channel_dim))))
+        ends, places = (-2, -1), (0, self.channel_dim)
+        return (x.movedim(places, ends) * gain).movedim(ends, places)
+
+
+def _pooled(x: Tensor, channel_dim: int) -> Tensor:
+    """Return the mean over all positions: batch by channels."""
+    return x.movedim(channel_dim, -1).unsqueeze(1).flatten(1, -2).mean(1)

@@ -1,6 +1,7 @@
 """Blueprints by name: our own, and those that installed packages offer."""
 
 import difflib
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
@@ -12,6 +13,7 @@ from esper.kasmina.blueprints.base import Blueprint, Flow
 from esper.kasmina.blueprints.convolutional import Attention, ConvResidual, Depthwise, Excitation
 from esper.kasmina.blueprints.dense import LinearBottleneck, LowRank, Mlp
 from esper.kasmina.blueprints.widen import Widen
+from esper.kasmina.probe import kept_random
 from esper.leyline import GrowthError, Offer
 
 GROUP = "esper.blueprints"
@@ -53,28 +55,34 @@ def names() -> list[str]:
 def offers(flow: Flow) -> dict[str, Offer]:
     """Return what each blueprint that fits would add, with its default arguments.
 
-    Those of packages that cannot be loaded are left out; asking for one by name tells why.
+    Those of packages that cannot be loaded, or build nothing that works, are left out; asking for
+    one by name tells why. No random stream is touched, and nothing is computed.
     """
     found = {}
-    for name in names():
-        try:
-            blueprint = get(name)
-        except GrowthError:
-            continue
-        if not blueprint.fits(flow):
-            found[name] = _price(blueprint, flow)
+    with kept_random():
+        for name in names():
+            try:
+                blueprint = get(name)
+                if not blueprint.fits(flow):
+                    found[name] = _price(blueprint, flow)
+            except GrowthError:
+                continue
     return found
 
 
 def _price(blueprint: Blueprint, flow: Flow) -> Offer:
     shape = flow.shape if flow.pair is None else flow.pair.source_shape
-    # Made where nothing is computed: no random number is drawn, no memory taken.
-    with torch.device("meta"):
-        seed = blueprint.make(flow, dict(blueprint.defaults)).to("meta", flow.dtype)
+    meta = torch.device("meta")
+    # Made where nothing is computed, so that it takes no memory.
+    with meta, torch.no_grad(), FlopCounterMode(display=False) as counter:
+        seed = blueprint.build(replace(flow, device=meta)).eval()
         source = torch.empty((1, *shape[1:]), dtype=flow.dtype)
-    seed.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        seed(source)
+        try:
+            given = seed(source).shape
+        except Exception as error:  # whatever a package's own code may raise
+            raise GrowthError(f"a seed of blueprint {blueprint.name!r} fails: {error}") from error
+    if given[1:] != flow.shape[1:]:
+        raise GrowthError(f"a seed of blueprint {blueprint.name!r} gives {given}")
     return Offer(_size(seed), float(counter.get_total_flops()))
 
 

@@ -1,0 +1,1 @@
+"""Models that grow, beside ones of a fixed size."""
