@@ -63,19 +63,15 @@ def survey(
             for task, value in by_task.items():
                 losses.setdefault(task, []).append(value)
             base = sum(by_task.values())
-            for name, values in differences.items():
-                passage = Passage.SHADOW if name in apart else Passage.HOST
-                with slots[name].passing(passage):
-                    change = base - float(total_of(loss(batch)))
-                values.append(change if name in apart else -change)
+            for name in apart:
+                changed = _otherwise(loss, batch, slots[name], Passage.SHADOW)
+                differences[name].append(base - changed)
+            for name in blended:
+                changed = _otherwise(loss, batch, slots[name], Passage.HOST)
+                differences[name].append(changed - base)
         found.residuals = _residuals(loss, batches[0], slots)
     found.held_out = {task: sum(values) / len(values) for task, values in losses.items()}
-    # One pair tells nothing of how sure it is, and what is not finite was not measured.
-    found.gains = {
-        name: gain_of(values)
-        for name, values in differences.items()
-        if len(values) > 1 and all(map(math.isfinite, values))
-    }
+    found.gains = {n: gain_of(values) for n, values in differences.items() if _is_sound(values)}
     return found
 
 
@@ -104,6 +100,17 @@ def gradient_at(loss: Loss, batch: Any, slot: Slot) -> tuple[Tensor, Tensor]:  #
             raise GrowthError(f"no gradient of the loss gets to slot {slot.name!r}; use 'zero_out'")
         source = seen if slot.tap is None else slot.tap.take()
     return source.detach(), gradient
+
+
+def _otherwise(loss: Loss, batch: Any, slot: Slot, passage: Passage) -> float:  # noqa: ANN401
+    """Return the loss of a batch with something else at one slot."""
+    with slot.passing(passage):
+        return float(total_of(loss(batch)))
+
+
+def _is_sound(differences: Sequence[float]) -> bool:
+    """Tell what was measured: one pair tells not how sure it is, and what is not finite nothing."""
+    return len(differences) > 1 and all(map(math.isfinite, differences))
 
 
 def _residuals(loss: Loss, batch: Any, slots: Mapping[str, Slot]) -> dict[str, float]:  # noqa: ANN401

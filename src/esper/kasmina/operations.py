@@ -108,7 +108,20 @@ class Operations:
 
     def _follow(self, name: str) -> list[GateResult]:
         garden, life = self._garden, self._garden.lives[name]
+        if life.stage in LIVE:
+            return self._follow_seed(name)
         age, clock = garden.clock - life.since, garden.clock
+        if life.stage is Stage.CULLED:
+            life.go(Stage.EMBARGOED, clock)
+        elif life.stage is Stage.EMBARGOED and age >= self.config.embargo_steps:
+            life.go(Stage.RESETTING, clock)
+        elif life.stage is Stage.RESETTING or self._may_reopen(name):
+            garden.forget_offers(name)
+            life.go(Stage.DORMANT, clock)
+        return []
+
+    def _follow_seed(self, name: str) -> list[GateResult]:
+        garden, life, clock = self._garden, self._garden.lives[name], self._garden.clock
         if life.stage is Stage.GERMINATED:
             life.go(Stage.TRAINING, clock)
         elif life.stage is Stage.TRAINING and life.nonfinite >= self.config.nonfinite_patience:
@@ -122,13 +135,6 @@ class Operations:
             if result.passed:
                 life.go(Stage.HOLDING, clock)
                 return [result]
-        elif life.stage is Stage.CULLED:
-            life.go(Stage.EMBARGOED, clock)
-        elif life.stage is Stage.EMBARGOED and age >= self.config.embargo_steps:
-            life.go(Stage.RESETTING, clock)
-        elif life.stage is Stage.RESETTING or self._may_reopen(name):
-            garden.forget_offers(name)
-            life.go(Stage.DORMANT, clock)
         return []
 
     def _may_reopen(self, name: str) -> bool:

@@ -133,7 +133,11 @@ def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> C
     arguments = signature.bind(*args, **kwargs).arguments
     symbolic = tuple(name for name, value in arguments.items() if tensors(value))
     constants = {name: value for name, value in arguments.items() if name not in symbolic}
-    for name, value in constants.items():
-        if not all(isinstance(leaf, _CONSTANTS) for _, leaf in leaves(value)):
-            return f"is given {name}, a {type(value).__qualname__}"
+    odd = [name for name, value in constants.items() if not _is_constant(value)]
+    if odd:
+        return f"is given {odd[0]}, a {type(constants[odd[0]]).__qualname__}"
     return Call(signature, symbolic, constants)
+
+
+def _is_constant(value: Any) -> bool:  # noqa: ANN401 - any argument
+    return all(isinstance(leaf, _CONSTANTS) for _, leaf in leaves(value))

@@ -51,7 +51,7 @@ def export_program(model: nn.Module, reference: Reference) -> Program:
     except Exception as error:
         raise GrowthError(
             f"torch.export cannot follow {type(model).__name__}: {first_line(error)}; where its "
-            "code asks for the values of tensors, use torch.where or torch.cond"
+            "code asks for the values of tensors, use torch.where"
         ) from error
     reference.check(_caller(exported), dynamic=False, what="torch.export")
     return Program(exported, "static", problem)

@@ -92,20 +92,23 @@ class _Writer:
     def _construct(self, module: nn.Module) -> Text | None:
         """Return the call of a class of torch.nn; None where it is not built by one."""
         if _is_container(module):
-            children = list(module._modules.items())
-            items = [self._expression(child) for _, child in children if child is not None]
-            if isinstance(module, nn.ModuleList):
-                return Group("nn.ModuleList(", [Group("[", items, "]")])
-            keys = [name for name, _ in children]
-            if isinstance(module, nn.ModuleDict):
-                pairs = [prefixed(f"{literal(k)}: ", i) for k, i in zip(keys, items, strict=True)]
-                return Group("nn.ModuleDict(", [Group("{", pairs, "}")])
-            if keys == [str(index) for index in range(len(keys))]:
-                return Group("nn.Sequential(", items)
-            pairs = [Group("(", [literal(k), i]) for k, i in zip(keys, items, strict=True)]
-            return Group("nn.Sequential(", [Group("OrderedDict(", [Group("[", [*pairs], "]")])])
+            return self._contain(module)
         construction = construction_of(module)
         return None if construction is None else construction.text()
+
+    def _contain(self, module: nn.Module) -> Text:
+        children = list(module._modules.items())
+        items = [self._expression(child) for _, child in children if child is not None]
+        if isinstance(module, nn.ModuleList):
+            return Group("nn.ModuleList(", [Group("[", items, "]")])
+        keys = [name for name, _ in children]
+        if isinstance(module, nn.ModuleDict):
+            pairs = [prefixed(f"{literal(k)}: ", i) for k, i in zip(keys, items, strict=True)]
+            return Group("nn.ModuleDict(", [Group("{", pairs, "}")])
+        if keys == [str(index) for index in range(len(keys))]:
+            return Group("nn.Sequential(", items)
+        named = [Group("(", [literal(k), i]) for k, i in zip(keys, items, strict=True)]
+        return Group("nn.Sequential(", [Group("OrderedDict(", [Group("[", [*named], "]")])])
 
     def _define(self, module: nn.Module, ties: list[str], *, root: bool = False) -> str:
         """Write the class of a module that is none of torch.nn, and return its name."""
