@@ -133,11 +133,14 @@ def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> C
     arguments = signature.bind(*args, **kwargs).arguments
     symbolic = tuple(name for name, value in arguments.items() if tensors(value))
     constants = {name: value for name, value in arguments.items() if name not in symbolic}
-    odd = [name for name, value in constants.items() if not _is_constant(value)]
-    if odd:
-        return f"is given {odd[0]}, a {type(constants[odd[0]]).__qualname__}"
+    if odd := _odd(constants):
+        return f"is given {odd}, a {type(constants[odd]).__qualname__}"
     return Call(signature, symbolic, constants)
 
 
-def _is_constant(value: Any) -> bool:  # noqa: ANN401 - any argument
-    return all(isinstance(leaf, _CONSTANTS) for _, leaf in leaves(value))
+def _odd(constants: dict[str, Any]) -> str:
+    """Return the name of an argument that cannot be written as a constant; empty without one."""
+    for name, value in constants.items():
+        if not all(isinstance(leaf, _CONSTANTS) for _, leaf in leaves(value)):
+            return name
+    return ""
