@@ -80,7 +80,7 @@ def test_the_built_in_job_with_its_drill(esper: Esper) -> None:
     assert replayed.returncode == 0, replayed.stderr
     assert "every loss and gradient norm equal to the bit" in replayed.stdout
     assert "output of trunk.0 breaks the trend first" in replayed.stdout
-    assert re.search(r"^trunk\.0\.weight +float32 \(32, 1, 3, 3\) ", replayed.stdout, re.MULTILINE)
+    assert re.search(r"^trunk\.0\.weight +float32 \(3, 1, 3, 3\) ", replayed.stdout, re.MULTILINE)
     assert "the batch itself is out of the ordinary: batch[0]" in replayed.stdout
     assert "the batch alone causes it" in replayed.stdout
 
