@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from esper.kasmina.ramp import Ramp
@@ -34,9 +36,14 @@ def test_a_ramp_may_lead_down_or_nowhere_and_stays_at_its_target() -> None:
         ((float("nan"), 1.0, 5), "start of a ramp is nan"),
         ((0.0, float("inf"), 5), "target of a ramp is inf"),
         ((0.0, 1.0, 0), "steps of a ramp is 0; give 1 or more"),
+        ((0.0, 1.0, 2.5), "steps of a ramp is 2.5; give a whole number"),
+        ((0.0, 1.0, float("nan")), "steps of a ramp is nan; give a whole number"),
+        ((0.0, 1.0, "3"), "steps of a ramp is '3'; give a whole number"),
+        (("0", 1.0, 3), "start of a ramp is '0'; give a number"),
+        ((0.0, None, 3), "target of a ramp is None; give a number"),
         ((0.0, 1.0, 5, "cubic"), "curve of a ramp is 'cubic'; give one of linear, cosine, sigmoid"),
     ],
 )
-def test_what_is_no_ramp_is_refused(arguments: tuple[float, float, int], reason: str) -> None:
+def test_what_is_no_ramp_is_refused(arguments: Any, reason: str) -> None:
     with pytest.raises(GrowthError, match=reason):
         Ramp(*arguments)

@@ -5,7 +5,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper.leyline import Event, Level, Record, RunError, StepRecord, SystemState
+from esper.leyline import (
+    Event,
+    Gain,
+    GrowthState,
+    Level,
+    Record,
+    RunError,
+    SeedState,
+    Stage,
+    StepRecord,
+    SystemState,
+)
 from esper.nissa import JsonlSink, read_records
 
 number = st.floats(allow_nan=False)
@@ -73,6 +84,18 @@ def test_a_loss_that_is_not_finite_survives(tmp_path: Path) -> None:
     assert step.reason == "NaN", "text stays text"
     assert isinstance(state, SystemState)
     assert state.losses == {"a": math.inf}
+
+
+def test_an_epoch_whose_growth_and_metrics_are_not_finite_survives(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    seed = SeedState(Stage.TRAINING, residual=math.inf, gain=Gain(0.1, -math.inf, math.inf, 1))
+    growth = GrowthState(3, {"NaN": seed}, 10, held_out={"a": math.inf})
+    state = SystemState(
+        epoch=0, step=4, attempt=0, time=2.0, losses={"a": 1.0}, metrics={"m": -math.inf},
+        growth=growth, memory_mb=math.inf,
+    )  # fmt: skip
+    write(path, [state])
+    assert list(read_records(path)) == [state]
 
 
 def event(name: str) -> Event:

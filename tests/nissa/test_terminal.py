@@ -58,3 +58,32 @@ def test_on_a_terminal_a_bar_shows_the_current_losses() -> None:
     text = shown([STARTED, STEP, ENDED], terminal=True)
     assert "5/20" in text
     assert "left 0.250" in text
+
+
+def test_changes_of_seeds_are_one_plain_line_each_with_the_step() -> None:
+    long = "seed 'trunk.3>trunk.8' (widen): dormant -> germinated; " + "it fits; " * 12
+    changed = Event(name="seed_changed", time=0.0, message=long.strip(), step=1376)
+    culled = Event(
+        name="seed_changed", time=0.0, message="seed 'a' (mlp): training -> culled", step=1400,
+        level=Level.WARNING,
+    )  # fmt: skip
+    lines = shown([changed, culled], terminal=False).splitlines()
+    assert lines == [
+        f"● step 1,376: {long.strip()}",
+        "▲ step 1,400: seed 'a' (mlp): training -> culled",
+    ]
+
+
+def test_a_refused_command_says_what_was_refused() -> None:
+    told = Event(
+        name="seed_refused", time=0.0, message="advance seed 'a' refused: gate G2: no gain",
+        step=7, level=Level.WARNING,
+    )  # fmt: skip
+    bare = Event(
+        name="seed_refused", time=0.0, message="the executor does not take commands at present",
+        step=8, level=Level.WARNING, data={"seed": "a", "operation": "germinate"},
+    )  # fmt: skip
+    assert shown([told, bare], terminal=False).splitlines() == [
+        "▲ step 7: advance seed 'a' refused: gate G2: no gain",
+        "▲ step 8: germinate seed 'a' refused: the executor does not take commands at present",
+    ]

@@ -91,6 +91,32 @@ def test_a_question_that_was_open_is_asked_again_after_a_resume(tmp_path: Path) 
     assert [record.learning_rate for record in second.steps()] == whole[37:]
 
 
+def test_a_question_about_what_is_not_finite_is_asked_again_too(tmp_path: Path) -> None:
+    asked: list[float] = []
+
+    class Notes:
+        isolation = "thread"
+
+        def decide(self, state: SystemState) -> AdaptationCommand | None:
+            asked.append(state.validation["score"])
+            return None
+
+    def start() -> TolariaTrainer:
+        job = two_task_job(policy=Notes(), metrics=lambda model, batch: {"score": math.nan})
+        return TolariaTrainer.from_job(job, config=config(train={"epochs": 3}), directory=tmp_path)
+
+    first = start()
+    for record in first.steps():
+        if record.step == 20:
+            assert first._parts.companions.state_dict()["question"] is not None
+            first.stop()
+    second = start()
+    second.resume()
+    list(second.steps())
+    assert second.outcome == "completed"
+    assert all(map(math.isnan, asked))
+
+
 @pytest.mark.parametrize("every", [1, 2])
 def test_the_policy_is_asked_every_so_many_epochs(every: int) -> None:
     asked: list[int] = []

@@ -37,6 +37,8 @@ esper train my_module:build --epochs 20       your own model
 esper train --set guard.margin=16             any setting; see esper config show
 
 esper train --resume runs/20261124-101500-digits
+
+esper train --baselines 5                     is growth worth it? 15 more trainings
 """
 
 
@@ -76,6 +78,10 @@ def train(
         bool | None,
         typer.Option("--drill/--no-drill", help="Inject one divergence, to watch it taken back."),
     ] = None,
+    baselines: Annotated[
+        int,
+        typer.Option(min=0, help="Compare with models of fixed size over so many seeds."),
+    ] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -96,7 +102,7 @@ def train(
         "run.directory": (runs, "--runs"),
         "run.drill": (drill, "--drill" if drill else "--no-drill"),
     }
-    request = TrainRequest(config, flags, assignments or [], resume, quiet)
+    request = TrainRequest(config, flags, assignments or [], resume, quiet, baselines)
     sys.exit(guarded(lambda: run_training(request), debug=debug))
 
 

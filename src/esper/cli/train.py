@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from esper.cli.baselines import compare, require_comparable
 from esper.cli.errors import EXIT_INTERRUPTED
 from esper.cli.options import gather
 from esper.cli.run_directory import EVENTS, create_run, find_run, read_config
@@ -39,6 +40,7 @@ class TrainRequest:
     :param assignments: texts of the form ``section.key=value``.
     :param resume: path or name of a run to continue.
     :param quiet: print the result only.
+    :param baselines: paired seeds to compare growth with models of fixed size by; 0 for none.
     """
 
     config: Path | None
@@ -46,6 +48,7 @@ class TrainRequest:
     assignments: Sequence[str]
     resume: str | None
     quiet: bool
+    baselines: int = 0
 
 
 def run_training(request: TrainRequest) -> None:
@@ -56,6 +59,8 @@ def run_training(request: TrainRequest) -> None:
     settings, run = _prepare(request)
     seed_generators(settings)
     job = build_job(settings.run.target)
+    if request.baselines:
+        require_comparable(job, settings.run.target)
     if run is None:
         run = create_run(settings, job.name)
     console = Console(stderr=True, highlight=False)
@@ -75,6 +80,8 @@ def run_training(request: TrainRequest) -> None:
         _conclude(trainer, run, console)
         raise
     _conclude(trainer, run, console)
+    if request.baselines and trainer.outcome == "completed":
+        compare(settings, run, request.baselines, quiet=request.quiet)
 
 
 def _prepare(request: TrainRequest) -> tuple[EsperSettings, Path | None]:

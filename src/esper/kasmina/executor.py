@@ -121,9 +121,7 @@ class Kasmina:
         """
         if isinstance(command, SeedCommand) and command.operation is SeedOperation.GERMINATE:
             slot = self._garden.slot(command.seed)
-            problem = get(command.blueprint).fits(live_flow(slot))
-            if problem:
-                raise GrowthError(f"blueprint {command.blueprint!r} does not fit: {problem}")
+            get(command.blueprint).check(live_flow(slot))
 
     def apply_prepared(self, command: AdaptationCommand, prepared: object) -> FieldReport:
         """Carry out a command that was prepared; see :meth:`apply`."""

@@ -129,8 +129,10 @@ def _merged(host: nn.Module, folded: nn.Module) -> dict[Tensor, Tensor]:
 
 
 def _keep_mode(before: nn.Module, after: nn.Module) -> None:
-    if before is not after:
-        after.train(before.training)
+    """Let what is new be in the mode of what it replaces; parts of the latter keep their own."""
+    modes = {module: module.training for module in before.modules()}
+    for module in after.modules():
+        module.training = modes.get(module, before.training)
 
 
 def _restore(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -7,14 +7,16 @@ from esper.core.config import GrowthConfig
 from esper.kasmina.blueprints import Blueprint, Flow
 from esper.kasmina.lifecycle import Life
 from esper.kasmina.probe import difference, equal
-from esper.leyline import Gate, GateResult
+from esper.leyline import Gate, GateResult, GrowthError
 
 
 def fits(blueprint: Blueprint, flow: Flow) -> GateResult:
     """G0: the blueprint can be built for what flows through the slot."""
-    problem = blueprint.fits(flow)
-    reason = f"blueprint {blueprint.name!r} does not fit: {problem}" if problem else "it fits"
-    return GateResult(Gate.G0, not problem, reason)
+    try:
+        blueprint.check(flow)
+    except GrowthError as error:
+        return GateResult(Gate.G0, False, str(error))
+    return GateResult(Gate.G0, True, "it fits")
 
 
 def affordable(total: int, added: int, budget: int | None) -> GateResult:

@@ -20,6 +20,7 @@ from esper.leyline import (
     Gate,
     GateResult,
     GrowthError,
+    Planting,
     SeedCommand,
     SeedOperation,
     Stage,
@@ -149,6 +150,8 @@ class Operations:
         flow, blueprint = live_flow(garden.slot(name)), get(command.blueprint)
         results = [_require(gates.fits(blueprint, flow))]
         inserted = _training_of(planting.training) == "insert"
+        # The ramp to come is made now, too: a planting that has none is refused before it grows.
+        self._ramp(planting, 0.0, 1.0)
         ramp = Ramp(1.0, 1.0, 1, planting.ramp) if inserted else None
         before, parameters = self._probe.outputs(), garden.parameters()
         change = Plant(
@@ -260,9 +263,11 @@ class Operations:
 
     def _start_ramp(self, name: str, start: float, target: float) -> None:
         life = self._garden.lives[name]
-        steps = life.planting.ramp_steps or self.config.ramp_steps
-        life.start_ramp(Ramp(start, target, steps, life.planting.ramp), self._garden.clock)
+        life.start_ramp(self._ramp(life.planting, start, target), self._garden.clock)
         self._garden.slot(name).alpha.fill_(start)
+
+    def _ramp(self, planting: Planting, start: float, target: float) -> Ramp:
+        return Ramp(start, target, planting.ramp_steps or self.config.ramp_steps, planting.ramp)
 
     def _initial(self, initialiser: str, name: str) -> Callable[[nn.Module], None]:
         inputs = gradient = None

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal, get_args
 
 from esper.leyline import GrowthError
@@ -19,7 +20,7 @@ class Ramp:
     :param target: share from step ``steps`` on, from 0 to 1.
     :param steps: optimizer steps in between, at least 1.
     :param curve: ``linear``, ``cosine`` or ``sigmoid``.
-    :raises GrowthError: a value is out of range.
+    :raises GrowthError: a value is of another type or out of range.
     """
 
     start: float
@@ -29,8 +30,10 @@ class Ramp:
 
     def __post_init__(self) -> None:
         for name, value in (("start", self.start), ("target", self.target)):
-            if not 0.0 <= value <= 1.0:
+            if not _is(value, Real) or not 0.0 <= value <= 1.0:
                 raise GrowthError(f"{name} of a ramp is {value!r}; give a number from 0 to 1")
+        if not _is(self.steps, Integral):
+            raise GrowthError(f"steps of a ramp is {self.steps!r}; give a whole number")
         if self.steps < 1:
             raise GrowthError(f"steps of a ramp is {self.steps!r}; give 1 or more")
         if self.curve not in get_args(Curve):
@@ -47,6 +50,11 @@ class Ramp:
         value = self.start + (self.target - self.start) * done
         low, high = sorted((self.start, self.target))
         return min(max(value, low), high)
+
+
+def _is(value: object, kind: type) -> bool:
+    """Whether a value is of a type; it may come from outside, whatever its annotation says."""
+    return isinstance(value, kind)
 
 
 def _linear(part: float) -> float:

@@ -15,9 +15,6 @@ import msgspec
 
 from esper.leyline import Event, Record, RunError
 
-_NUMBERS = {"loss", "gradient_norm", "learning_rate", "conflict_rate"}
-_NUMBERS_BY_NAME = {"losses", "validation", "cosines"}
-_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _encoder = msgspec.json.Encoder()
 _decoder = msgspec.json.Decoder(Record)
 
@@ -71,7 +68,8 @@ def read_records(path: Path) -> Iterator[Record]:
 def _decode(line: bytes, path: Path, number: int) -> Record:
     try:
         if b'"NaN"' in line or b'Infinity"' in line:
-            restored: Record = msgspec.convert(_restore_numbers(json.loads(line)), Record)
+            # Not strict: a text is taken for a number where, and only where, one belongs.
+            restored: Record = msgspec.convert(json.loads(line), Record, strict=False)
             return restored
         record: Record = _decoder.decode(line)
     except (msgspec.MsgspecError, json.JSONDecodeError) as error:
@@ -89,18 +87,6 @@ def _name_numbers(value: Any) -> Any:  # noqa: ANN401 - JSON
     if isinstance(value, list):
         return [_name_numbers(item) for item in value]
     return value
-
-
-def _restore_numbers(record: dict[str, Any]) -> dict[str, Any]:
-    for key in _NUMBERS & record.keys():
-        record[key] = _number(record[key])
-    for key in _NUMBERS_BY_NAME & record.keys():
-        record[key] = {name: _number(value) for name, value in record[key].items()}
-    return record
-
-
-def _number(value: Any) -> Any:  # noqa: ANN401 - JSON
-    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
 
 
 def _cut_torn_line(path: Path) -> None:

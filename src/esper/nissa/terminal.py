@@ -12,6 +12,7 @@ from esper.leyline import Event, Level, Record, StepRecord, SystemState
 
 _STYLES = {Level.INFO: "cyan", Level.WARNING: "yellow", Level.CRITICAL: "bold red"}
 _QUIET = {"checkpoint_saved"}
+_SEEDS = {"seed_changed", "seed_refused"}
 _REFRESHES_PER_SECOND = 5
 
 
@@ -37,14 +38,19 @@ class TerminalSink:
         elif record.name == "run_ended":
             self._stop()
             self._console.print(summary(record))
+        elif record.name in _SEEDS:
+            self._print(record, f"step {record.step:,}: {seed_line(record)}", soft_wrap=True)
         elif record.name not in _QUIET:
-            style = _STYLES[record.level]
-            mark = "●" if record.level is Level.INFO else "▲"
-            self._console.print(Text(f"{mark} {record.message}", style=style))
+            self._print(record, record.message)
 
     def close(self) -> None:
         """Take the bar away."""
         self._stop()
+
+    def _print(self, event: Event, text: str, *, soft_wrap: bool = False) -> None:
+        mark = "●" if event.level is Level.INFO else "▲"
+        style = _STYLES[event.level]
+        self._console.print(Text(f"{mark} {text}", style=style), soft_wrap=soft_wrap)
 
     def _start(self, data: dict[str, Any]) -> None:
         self._console.print(header(data))
@@ -111,6 +117,14 @@ def epoch_line(state: SystemState) -> Text:
     if state.samples_per_second is not None:
         parts.append(f"{state.samples_per_second:,.0f}/s")
     return Text(" │ ".join(parts))
+
+
+def seed_line(event: Event) -> str:
+    """Return what became of a seed, or of a command that was not carried out, in one line."""
+    data, told = event.data, " ".join(event.message.split())
+    if event.name == "seed_changed" or "refused" in told:
+        return told
+    return f"{data.get('operation', 'change')} seed {data.get('seed')!r} refused: {told}"
 
 
 def summary(ended: Event) -> Panel:

@@ -117,8 +117,8 @@ class Companions:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is under way, and the policy's state from before it was asked."""
-        question = None if self._question is None else msgspec.json.encode(self._question).decode()
-        command = None if self._command is None else msgspec.json.encode(self._command).decode()
+        # Not as text: msgspec's JSON has no word for NaN.
+        question, command = msgspec.to_builtins([self._question, self._command])
         return {"question": question, "command": command, "policy": self._policy_state}
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> None:
@@ -130,9 +130,9 @@ class Companions:
         question, command = state_dict["question"], state_dict["command"]
         self._question = self._command = None
         if command is not None:
-            self._prepare(msgspec.json.decode(command, type=_COMMAND))
+            self._prepare(msgspec.convert(command, _COMMAND))
         if question is not None:
-            self._ask(msgspec.json.decode(question, type=SystemState))
+            self._ask(msgspec.convert(question, SystemState))
 
     def _ask(self, state: SystemState) -> None:
         self._policy_state = self._state_of_policy()

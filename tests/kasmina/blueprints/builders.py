@@ -19,8 +19,8 @@ SHAPES = {
 FITTING = {
     "features": ["linear", "low_rank", "mlp", "squeeze_excite"],
     "tokens": ["attention", "linear", "low_rank", "mlp", "squeeze_excite"],
-    "conv1d": ["attention", "conv", "depthwise", "squeeze_excite"],
-    "conv2d": ["attention", "conv", "depthwise", "squeeze_excite"],
+    "conv1d": ["attention", "conv", "depthwise", "low_rank", "squeeze_excite"],
+    "conv2d": ["attention", "conv", "depthwise", "low_rank", "squeeze_excite"],
 }
 CASES = [(name, layout) for layout, names in FITTING.items() for name in names]
 

@@ -1,3 +1,4 @@
+import pickle
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -5,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from esper.kasmina.blend import make_blend
 from esper.kasmina.blueprints import Blueprint, Flow, Residual, Seed
 from esper.kasmina.blueprints.base import Value
 from esper.kasmina.blueprints.plain import AddBlend, Grown
 from esper.leyline import GrowthError
-from kasmina.blueprints.builders import built, flow, flowing, pair_of, stir
+from kasmina.blueprints.builders import CASES, built, flow, flowing, pair_of, stir
 
 
 class Scaled(Blueprint):
@@ -83,3 +85,14 @@ def test_a_share_is_folded_as_precisely_as_it_was_blended() -> None:
     x = flowing("features", torch.bfloat16)
     folded = Scaled().fold(host, seed, AddBlend(), 0.3)
     assert torch.equal(folded(x), AddBlend()(x, seed(x), torch.tensor(0.3)))
+
+
+@pytest.mark.parametrize("blending", ["add", "multiply", "gate", "channel"])
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_what_is_folded_can_be_pickled(name: str, layout: str, blending: str) -> None:
+    seed, blend = built(name, layout), make_blend(blending, flow(layout))
+    for part in (seed, blend):
+        stir(part)
+    folded = Scaled().fold(nn.Identity(), seed, blend, 0.5).eval()
+    x = flowing(layout)
+    assert torch.equal(pickle.loads(pickle.dumps(folded))(x), folded(x))

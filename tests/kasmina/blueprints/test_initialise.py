@@ -10,7 +10,7 @@ from esper.kasmina.blueprints import Seed, get, initialise, needs_gradient
 from esper.kasmina.blueprints.plain import FeaturesTo
 from esper.kasmina.slot import slots_of
 from esper.leyline import GrowthError, Planting, SeedCommand, SeedOperation
-from kasmina.blueprints.builders import built, flowing, pair_flow, pair_of
+from kasmina.blueprints.builders import built, flowing, pair_flow, pair_of, unchanged_stream
 from support.growth import QUICK, Loop, batch
 
 SOLVED = ["gradmax", "small_solve"]
@@ -32,6 +32,7 @@ def curved(h: Tensor, target: Tensor) -> Tensor:
     [
         ("mlp", "features"),
         ("low_rank", "tokens"),
+        ("low_rank", "conv2d"),
         ("linear", "tokens"),
         ("attention", "tokens"),
         ("attention", "conv2d"),
@@ -158,6 +159,32 @@ def test_with_gradmax_every_unit_learns_also_beyond_the_rank() -> None:
     weight = seed.inner[0].weight
     (pulled,) = torch.autograd.grad((seed(h) * flowing("features", seed=4)).sum(), weight)
     assert bool((pulled.norm(dim=1) > 0).all())
+
+
+@pytest.mark.parametrize("initialiser", ["zero_out", *SOLVED])
+@pytest.mark.parametrize("given", [True, False])
+def test_no_initialiser_touches_the_random_stream(initialiser: str, given: bool) -> None:
+    seed, h = built("mlp", "features", width=20), flowing("features")
+    generator = torch.Generator().manual_seed(3) if given else None
+    with unchanged_stream():
+        initialise(initialiser, seed, inputs=h, gradient=gradient_of(h, -h), generator=generator)
+
+
+def test_what_is_drawn_follows_from_the_generator() -> None:
+    h = flowing("features")
+    gradient = gradient_of(h, flowing("features", seed=8))
+
+    def drawn(start: int, stream: int) -> Tensor:
+        seed = built("mlp", "features", width=20)
+        torch.manual_seed(stream)
+        generator = torch.Generator().manual_seed(start)
+        initialise("gradmax", seed, inputs=h, gradient=gradient, generator=generator)
+        return seed.last.weight.detach()
+
+    assert torch.equal(drawn(3, 1), drawn(3, 2))
+    # The first units follow from the gradient; only those beyond its rank are drawn.
+    same = (drawn(3, 1) == drawn(4, 1)).all(0)
+    assert same.tolist() == [True] * 12 + [False] * 8
 
 
 def relu_seed() -> Seed:

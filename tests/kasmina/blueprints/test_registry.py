@@ -49,6 +49,15 @@ class Raising(Third):
     def make(self, flow, arguments):
         return nn.Linear(flow.channels + 1, flow.channels)
 
+class Doubting(Third):
+    name = "doubting"
+
+    def fits(self, flow):
+        raise ZeroDivisionError("of the package's own making")
+
+class Mlp(Third):
+    name = "mlp"
+
 instance = Third()
 """
 POINTS = """
@@ -60,6 +69,14 @@ misnamed = third_party:instance
 absent = third_party:NoSuch
 crashing = third_party_crashing:Anything
 nothing = third_party:nn
+doubting = third_party:Doubting
+twice = third_party:Third
+mlp = third_party:Mlp
+"""
+OTHER_POINTS = """
+[esper.blueprints]
+third = third_party:Third
+twice = third_party:Misshapen
 """
 
 
@@ -68,10 +85,11 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     """Install a package with good and bad entry points, as pip would."""
     (tmp_path / "third_party.py").write_text(PACKAGE)
     (tmp_path / "third_party_crashing.py").write_text("1 / 0")
-    info = tmp_path / "third_party-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(POINTS)
+    for name, points in (("third-party", POINTS), ("other-party", OTHER_POINTS)):
+        info = tmp_path / f"{name.replace('-', '_')}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(points)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     registry._points.cache_clear()
@@ -99,6 +117,7 @@ def test_a_blueprint_of_an_installed_package_is_one_like_any_other() -> None:
         ("misnamed", "third_party:instance is no blueprint of the name 'misnamed'"),
         ("nothing", "third_party:nn is no blueprint of the name 'nothing'"),
         ("thurd", "no blueprint 'thurd'; did you mean 'third'"),
+        ("twice", "'twice' is offered by third_party:Misshapen and third_party:Third; uninstall"),
     ],
 )
 def test_a_broken_package_is_told_by_name_and_offers_nothing(name: str, reason: str) -> None:
@@ -111,6 +130,17 @@ def test_a_broken_package_is_told_by_name_and_offers_nothing(name: str, reason: 
 def test_what_would_not_work_is_not_offered() -> None:
     found = offers(flow("features"))
     assert sorted(found) == sorted([*FITTING["features"], "third"])
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_package_does_not_take_a_name_of_ours() -> None:
+    assert type(get("mlp")) is Mlp
+
+
+@pytest.mark.usefixtures("installed")
+def test_a_package_that_fails_to_tell_whether_it_fits_is_refused_by_name() -> None:
+    with pytest.raises(GrowthError, match=r"'doubting' cannot tell .*ZeroDivisionError: of the"):
+        get("doubting").build(flow("features"))
 
 
 def test_an_unknown_name_that_is_near_to_none_lists_all() -> None:
@@ -139,6 +169,7 @@ def test_an_offer_has_the_parameters_of_the_seed_that_is_built(name: str, layout
         ("mlp", "features", 2 * 12 * 12),
         ("mlp", "tokens", 5 * 2 * 8 * 8),
         ("low_rank", "tokens", 5 * 2 * 8 * 4),
+        ("low_rank", "conv2d", 30 * 2 * 8 * 4),
         ("conv", "conv1d", 9 * 2 * 8 * 8 * 3),
         ("conv", "conv2d", 30 * 2 * 8 * 8 * 9),
         ("depthwise", "conv2d", 30 * (8 * 9 + 8 * 8)),

@@ -91,6 +91,7 @@ def test_wrong_arguments_are_refused_with_the_reason(
         ("mlp", "features", {}, 2 * (12 * 12 + 12)),
         ("linear", "tokens", {"width": 3}, 2 * 8 + (8 * 3 + 3) + (3 * 8 + 8)),
         ("low_rank", "tokens", {"rank": 2}, 2 * 8 * 2),
+        ("low_rank", "conv2d", {"rank": 3}, 2 * 8 * 3),
         ("conv", "conv1d", {"width": 2, "kernel": 5}, (8 * 2 * 5 + 2) + (2 * 8 * 5 + 8)),
         ("conv", "conv2d", {"kernel": 0}, 2 * (8 * 8 * 9 + 8)),
         ("depthwise", "conv2d", {"kernel": 3}, (8 * 9 + 8) + (8 * 8 + 8)),

@@ -201,6 +201,18 @@ def test_a_normalisation_without_bias_stays_without() -> None:
         assert close(folded(x), host_of(pair).eval()(x) + seed.eval()(x))
 
 
+@pytest.mark.parametrize("name", ["normalised perceptron", "convolutions"])
+def test_the_modes_of_a_pair_stay(name: str) -> None:
+    pair = chain(name)
+    seed = branch(pair)
+    pair.first.eval()
+    next(m for m in pair.between if hasattr(m, "running_mean")).eval()
+    modes = [module.training for module in host_of(pair)]
+    folded = folded_of(get("widen").fold_pair(pair, seed, 1.0))
+    assert [module.training for module in folded] == modes
+    assert len(set(modes)) == 2
+
+
 class Own(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).square()

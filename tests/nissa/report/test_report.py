@@ -1,6 +1,4 @@
 import math
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from esper.leyline import Event, Level, Record, RunError, StepRecord, SystemStat
 from esper.nissa import JsonlSink
 from esper.nissa.report import Story, render, write_report
 from esper.nissa.report.series import Chart, Series, smooth, split_kept, thin
+from nissa.report.browser import drawn
 
 TASKS = ("left", "right")
 
@@ -199,22 +198,8 @@ def write_run(run: Path) -> None:
 
 @pytest.mark.timeout(60)
 def test_the_page_draws_in_a_real_browser_without_a_network(tmp_path: Path) -> None:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("chromium is not installed: the page is not tested in a browser")
     write_run(tmp_path)
-    page = write_report(tmp_path)
-    result = subprocess.run(
-        [
-            chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
-            "--disable-background-networking", "--disable-component-update", "--disable-sync",
-            "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr",
-            f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--dump-dom",
-            page.as_uri(),
-        ],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert 'data-ready="true"' in result.stdout
+    result = drawn(write_report(tmp_path), tmp_path)
     assert result.stdout.count("<canvas") == 6
     assert "CONSOLE" not in result.stderr
     assert "rollback" in result.stdout

@@ -93,15 +93,28 @@ class Blueprint(ABC):
         It names no device: where a seed is only priced, none of it is to take memory.
         """
 
+    def check(self, flow: Flow) -> None:
+        """See to it that something can be built for this flow.
+
+        :raises GrowthError: nothing can, or :meth:`fits` fails.
+        """
+        try:
+            problem = self.fits(flow)
+        except Exception as error:  # whatever a package's own code may raise
+            raise GrowthError(
+                f"blueprint {self.name!r} cannot tell whether it fits {flow.shape}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if problem:
+            raise GrowthError(f"blueprint {self.name!r} does not fit: {problem}")
+
     def build(self, flow: Flow, **arguments: Value) -> nn.Module:
         """Return a seed: it maps the slot's source to a tensor of the flow's shape.
 
         :param arguments: see :attr:`defaults`.
         :raises GrowthError: an argument is unknown or out of range, or the flow does not fit.
         """
-        problem = self.fits(flow)
-        if problem:
-            raise GrowthError(f"blueprint {self.name!r} does not fit: {problem}")
+        self.check(flow)
         complete = self._complete(arguments)
         try:
             seed = self.make(flow, complete)

@@ -2,13 +2,15 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from esper.kasmina.blueprints.layers import BY_ELEMENT, LINEAR, NORMS, kind_of, patches
 from esper.kasmina.blueprints.plain import FeaturesTo, Seed
+from esper.kasmina.probe import kept_random
 from esper.leyline import GrowthError
 
 _RIDGE = 1e-3
@@ -19,7 +21,12 @@ _CHUNK = 8
 
 
 def initialise(
-    name: str, seed: nn.Module, *, inputs: Tensor | None = None, gradient: Tensor | None = None
+    name: str,
+    seed: nn.Module,
+    *,
+    inputs: Tensor | None = None,
+    gradient: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> None:
     """Set the weights of a seed that was just built.
 
@@ -29,6 +36,8 @@ def initialise(
         gradient (least squares with a ridge).
     :param inputs: of the seed; needed by the last two.
     :param gradient: of the loss at the slot's output, of its shape; needed by the last two.
+    :param generator: of what is drawn; by default it follows from the random stream, which is left
+        as it is in any case.
     :raises GrowthError: the name is unknown, something is missing, or it would not learn.
     """
     if name == "zero_out":
@@ -43,13 +52,22 @@ def initialise(
         raise GrowthError(
             f"initialiser {name!r} is given inputs or gradients that are not finite; use 'zero_out'"
         )
-    with torch.no_grad():
+    with torch.no_grad(), _drawing(generator):
         _SOLVED[name](seed, inputs, gradient)
 
 
 def needs_gradient(name: str) -> bool:
     """Whether an initialiser needs inputs and a gradient."""
     return name in _SOLVED
+
+
+@contextmanager
+def _drawing(generator: torch.Generator | None) -> Iterator[None]:
+    with kept_random():
+        if generator is not None:
+            start = torch.randint(2**62, (), generator=generator, device=generator.device)
+            torch.manual_seed(int(start))
+        yield
 
 
 def _gradmax(seed: nn.Module, inputs: Tensor, gradient: Tensor) -> None:

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from esper.kasmina.blueprints.base import Blueprint, Flow
 from esper.kasmina.blueprints.convolutional import Attention, ConvResidual, Depthwise, Excitation
-from esper.kasmina.blueprints.dense import LinearBottleneck, LowRank, Mlp
+from esper.kasmina.blueprints.dense import LinearBottleneck, Mlp
+from esper.kasmina.blueprints.low_rank import LowRank
 from esper.kasmina.blueprints.widen import Widen
 from esper.kasmina.probe import kept_random
 from esper.leyline import GrowthError, Offer
@@ -34,7 +35,10 @@ def register(blueprint: Blueprint) -> None:
 def get(name: str) -> Blueprint:
     """Return a blueprint by name, also from an installed package's entry point.
 
-    :raises GrowthError: there is none, naming the nearest; or its package cannot be loaded.
+    What is registered under a name goes before what a package offers under it.
+
+    :raises GrowthError: there is none, naming the nearest; or its package cannot be loaded; or
+        packages offer several.
     """
     if name in _registered:
         return _registered[name]
@@ -43,7 +47,7 @@ def get(name: str) -> Blueprint:
         nearest = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are: {', '.join(names())}"
         raise GrowthError(f"there is no blueprint {name!r}; {hint}")
-    register(_load(points[name]))
+    register(_load(_only(name, points[name])))
     return _registered[name]
 
 
@@ -63,8 +67,8 @@ def offers(flow: Flow) -> dict[str, Offer]:
         for name in names():
             try:
                 blueprint = get(name)
-                if not blueprint.fits(flow):
-                    found[name] = _price(blueprint, flow)
+                blueprint.check(flow)
+                found[name] = _price(blueprint, flow)
             except GrowthError:
                 continue
     return found
@@ -91,8 +95,22 @@ def _size(module: nn.Module) -> int:
 
 
 @cache
-def _points() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=GROUP)}
+def _points() -> dict[str, list[EntryPoint]]:
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=GROUP):
+        found.setdefault(point.name, []).append(point)
+    return found
+
+
+def _only(name: str, points: list[EntryPoint]) -> EntryPoint:
+    """Return the one that is offered: which of several it is must not depend on the machine."""
+    places = sorted({point.value for point in points})
+    if len(places) > 1:
+        raise GrowthError(
+            f"blueprint {name!r} is offered by {' and '.join(places)}; uninstall all but one of "
+            "the packages, or register() the one that is meant"
+        )
+    return points[0]
 
 
 def _load(point: EntryPoint) -> Blueprint:

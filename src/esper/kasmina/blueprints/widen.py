@@ -40,7 +40,8 @@ class _Layout(Enum):
 class Widen(Blueprint):
     """New units between two layers: a branch ``in -> between -> out`` that folds exactly.
 
-    Where a layer of the pair is frozen, the new units' weights in it are so after folding.
+    Where a layer of the pair is frozen, the new units' weights in it are so after folding. Dropout
+    in between draws masks of its own for the branch.
     """
 
     name = "widen"
@@ -87,6 +88,9 @@ class Widen(Blueprint):
                 _joined_norm(old, new, replaced) if kind_of(old) in NORMS else old
                 for old, new in zip(pair.between, middle, strict=True)
             )
+        old = (pair.first, *pair.between, pair.second)
+        for before, after in zip(old, (first, *between, second), strict=True):
+            after.training = before.training
         return WidenedPair(first, second, between, replaced)
 
 

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from esper.leyline import Event, Record, StepRecord, SystemState
+from esper.nissa.report.growth import GrowthStory
+from esper.nissa.report.growth_charts import growth_charts, growth_marks, growth_sentence
 from esper.nissa.report.series import Chart, Series, finite, split_kept, step_chart
 
 
@@ -14,6 +16,7 @@ class Story:
 
     :ivar kept: the steps that count.
     :ivar lost: the steps that were taken back.
+    :ivar growth: what became of seeds, where the model had any.
     """
 
     started: Event | None = None
@@ -22,6 +25,7 @@ class Story:
     lost: list[StepRecord] = field(default_factory=list)
     epochs: list[SystemState] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
+    growth: GrowthStory = field(default_factory=GrowthStory)
 
     @classmethod
     def of(cls, records: Iterable[Record]) -> "Story":
@@ -30,6 +34,7 @@ class Story:
         steps: list[StepRecord] = []
         epochs: dict[int, SystemState] = {}
         for record in records:
+            story.growth.take(record)
             if isinstance(record, StepRecord):
                 steps.append(record)
             elif isinstance(record, SystemState):
@@ -100,13 +105,15 @@ class Story:
             )
         elif rollbacks:
             parts.append(f"{len(rollbacks)} divergences were taken back")
+        if self.growth.present:
+            parts.append(growth_sentence(self.growth))
         if self.validation:
             metrics = ", ".join(f"{n} {value:.4g}" for n, value in self.validation.items())
             parts.append(f"it ended at {metrics}")
         return "; ".join(parts) + "."
 
     def marks(self) -> list[dict[str, Any]]:
-        """Return what is drawn across the charts: rollbacks and injected faults."""
+        """Return what is drawn across the charts: rollbacks, injected faults, growth."""
         marks: list[dict[str, Any]] = [
             {
                 "kind": "rollback",
@@ -120,7 +127,7 @@ class Story:
             {"kind": "drill", "at": event.data["step"], "label": "drill"}
             for event in self.named("drill_injected")
         ]
-        return marks
+        return marks + growth_marks(self.growth)
 
     def charts(self) -> list[Chart]:
         """Return every chart that there is data for."""
@@ -145,6 +152,7 @@ class Story:
         for series in charts[-1].series:
             series.kind = "line"
         charts[-2].log = True
+        charts += growth_charts(self.growth)
         around = [step for mark in self.marks() for step in mark.values() if isinstance(step, int)]
         drawn = [chart for chart in charts if any(_has_value(s) for s in chart.series)]
         return [chart.thinned(around) for chart in drawn]

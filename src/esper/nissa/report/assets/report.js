@@ -15,7 +15,8 @@
     return size !== 0 && (size < 1e-3 || size >= 1e6) ? value.toExponential(2) : String(Number(value.toPrecision(4)));
   };
 
-  // Rollbacks are shaded over the steps they took back; injected faults get a line of their own.
+  // Rollbacks are shaded over the steps they took back; injected faults get a line of their own, and
+  // so do structural changes, with labels at the foot of the chart.
   function drawMarks(plot) {
     const { ctx, bbox } = plot;
     const ratio = devicePixelRatio;
@@ -26,7 +27,9 @@
     ctx.clip();
     ctx.font = `${11 * ratio}px system-ui, sans-serif`;
     ctx.textAlign = "left";
-    data.marks.forEach((mark, index) => {
+    const growth = data.marks.filter((mark) => mark.kind === "seed");
+    drawGrowth(plot, growth, at);
+    data.marks.filter((mark) => mark.kind !== "seed").forEach((mark, index) => {
       const rollback = mark.kind === "rollback";
       const x = at(rollback ? mark.from : mark.at);
       if (rollback) {
@@ -48,6 +51,66 @@
     ctx.restore();
   }
 
+  // A label that would cover the one before in its row is left out; its line stays.
+  function drawGrowth(plot, marks, at) {
+    const { ctx, bbox } = plot;
+    const ratio = devicePixelRatio;
+    const ends = [-Infinity, -Infinity, -Infinity];
+    ctx.strokeStyle = ctx.fillStyle = colour("--green");
+    ctx.lineWidth = ratio;
+    ctx.setLineDash([2 * ratio, 3 * ratio]);
+    marks.forEach((mark) => {
+      const x = at(mark.at);
+      ctx.beginPath();
+      ctx.moveTo(x, bbox.top);
+      ctx.lineTo(x, bbox.top + bbox.height);
+      ctx.stroke();
+      const width = ctx.measureText(mark.label).width;
+      const left = x + width + 8 * ratio > bbox.left + bbox.width ? x - width - 4 * ratio : x + 4 * ratio;
+      const row = ends.findIndex((end) => left > end);
+      if (row < 0) return;
+      ends[row] = left + width + 4 * ratio;
+      ctx.fillText(mark.label, left, bbox.top + bbox.height - (6 + 13 * row) * ratio);
+    });
+    ctx.setLineDash([]);
+  }
+
+  // Ends of a confidence interval, joined at each point: a band needs two of them.
+  function drawIntervals(plot, chart) {
+    const { ctx, bbox } = plot;
+    const ratio = devicePixelRatio;
+    ctx.save();
+    ctx.beginPath();
+    ctx.rect(bbox.left, bbox.top, bbox.width, bbox.height);
+    ctx.clip();
+    ctx.lineWidth = 1.5 * ratio;
+    chart.series.forEach((series, index) => {
+      if (series.kind !== "high" || !plot.series[index + 1].show) return;
+      ctx.strokeStyle = seriesColour(series);
+      series.values.forEach((high, point) => {
+        const low = chart.series[index + 1].values[point];
+        if (high === null || low === null) return;
+        const x = plot.valToPos(chart.x[point], "x", true);
+        ctx.beginPath();
+        ctx.moveTo(x, plot.valToPos(high, "y", true));
+        ctx.lineTo(x, plot.valToPos(low, "y", true));
+        ctx.stroke();
+      });
+    });
+    ctx.strokeStyle = colour("--soft");
+    ctx.lineWidth = ratio;
+    const zero = plot.valToPos(0, "y", true);
+    ctx.beginPath();
+    ctx.moveTo(bbox.left, zero);
+    ctx.lineTo(bbox.left + bbox.width, zero);
+    ctx.stroke();
+    ctx.restore();
+  }
+
+  const isEdge = (series) => series.kind === "high" || series.kind === "low";
+  const bands = (chart) => chart.series.flatMap((series, index) =>
+    (series.kind === "high" ? [{ series: [index + 1, index + 2], fill: `${seriesColour(series)}26` }] : []));
+
   function seriesOptions(series) {
     const stroke = seriesColour(series);
     const options = {
@@ -56,6 +119,8 @@
       value: (_, value) => format(value),
     };
     if (series.kind === "faint") { options.stroke = `${stroke}55`; options.width = 1; options.class = "unlisted"; }
+    if (series.kind === "stepped") options.paths = uPlot.paths.stepped({ align: 1 });
+    if (isEdge(series)) { options.width = 0; options.class = "unlisted"; options.points = { show: false }; }
     if (series.kind === "lost") { options.dash = [5, 4]; options.width = 1.5; options.class = "lost"; }
     return options;
   }
@@ -70,13 +135,15 @@
 
   function options(chart, width) {
     const log = logarithmic.has(chart.key);
+    const draw = chart.series.some(isEdge) ? [(plot) => drawIntervals(plot, chart), drawMarks] : [drawMarks];
     return {
       width, height: HEIGHT,
       cursor: { sync: { key: "steps" }, drag: { x: true, y: false } },
       scales: { x: { time: false }, y: { distr: log ? 3 : 1 } },
       axes: [axis(false, {}), axis(log, { size: 62, values: (_, ticks) => ticks.map((tick) => (tick === null ? "" : format(tick))) })],
       series: [{ label: "step" }, ...chart.series.map(seriesOptions)],
-      hooks: { draw: [drawMarks] },
+      bands: bands(chart),
+      hooks: { draw },
     };
   }
 
